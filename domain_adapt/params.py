@@ -7,7 +7,7 @@ __all__ = ['Number', 'Share', 'Positive', 'Name', 'UserError', 'Strict', 'Corpus
            'Train', 'Candidate', 'Select', 'Merge', 'Perplexity', 'Suite', 'Evaluate', 'Report', 'Params', 'read_yaml',
            'validate', 'set_key', 'load_params']
 
-# %% ../nbs/00_params.ipynb #5052cd83
+# %% ../nbs/00_params.ipynb #cd3ae161
 import difflib, re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,11 +15,11 @@ import yaml
 from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError,
                       field_validator, model_validator)
 
-# %% ../nbs/00_params.ipynb #08d19733
+# %% ../nbs/00_params.ipynb #db362fda
 class UserError(Exception):
     "Something the user can mend: the message names the file, the key, the value and the way out."
 
-# %% ../nbs/00_params.ipynb #b6c700d7
+# %% ../nbs/00_params.ipynb #3159eb5f
 def _number(value: Any) -> Any:
     "YAML 1.1 reads `2e-4` as text; take such text for the number it is."
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value): return float(value)
@@ -34,7 +34,7 @@ class Strict(BaseModel):
     "A section of the YAML: unknown keys and wrong types are errors, values never change."
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-# %% ../nbs/00_params.ipynb #fe087acd
+# %% ../nbs/00_params.ipynb #e5be95a3
 class Corpus(Strict):
     "One source of documents: what it counts as, where it is, and what of it is held out."
     kind: Literal["domain", "general"]
@@ -58,7 +58,7 @@ class Tokens(Strict):
     sequence_length: Annotated[int, Field(ge=8)] = 512
     replay: Annotated[Share, Field(lt=1)] = 0.05
 
-# %% ../nbs/00_params.ipynb #1df2fa98
+# %% ../nbs/00_params.ipynb #e0b18629
 class Layout(Strict):
     "Tensor, pipeline and context parallel sizes; what is left of the processes is data parallel."
     tp: PositiveInt = 1
@@ -98,7 +98,7 @@ class Train(Strict):
         if 1.0 not in self.export_at: raise ValueError("export_at must hold 1.0, the end of training")
         return self
 
-# %% ../nbs/00_params.ipynb #2ea1154d
+# %% ../nbs/00_params.ipynb #bd6591f6
 class Candidate(Strict):
     "One merge: `weight` (and `density`) of the CPT model's task vector, or SLERP's `t`."
     name: Name
@@ -159,7 +159,7 @@ class Report(Strict):
     "The published page."
     title: str = "Domain adaptation report"
 
-# %% ../nbs/00_params.ipynb #1806d3c0
+# %% ../nbs/00_params.ipynb #701d93b0
 class Params(Strict):
     "One run. Its fields are the YAML's top-level keys and the stage notebooks' parameters."
     run: Name
@@ -183,13 +183,14 @@ class Params(Strict):
                              "add one or set tokens.replay: 0")
         return self
 
-# %% ../nbs/00_params.ipynb #8649bfd7
+# %% ../nbs/00_params.ipynb #cae34da5
 class _Loader(yaml.SafeLoader): "Safe YAML that refuses a key given twice."
 
 def _mapping(loader, node):
-    keys = [loader.construct_object(k) for k, _ in node.value]
-    for k, (n, _) in zip(keys, node.value):
-        if keys.count(k) > 1: raise yaml.MarkedYAMLError(problem=f"key {k!r} is given twice", problem_mark=n.start_mark)
+    seen = set()
+    for k, _ in node.value:
+        if k.value in seen: raise yaml.MarkedYAMLError(problem=f"key {k.value!r} is given twice", problem_mark=k.start_mark)
+        seen.add(k.value)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -206,7 +207,7 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(data, dict): raise UserError(f"{path}: must be a mapping of keys to values")
     return data
 
-# %% ../nbs/00_params.ipynb #cbcd930e
+# %% ../nbs/00_params.ipynb #4226bdb2
 def _fields_at(loc: tuple) -> list[str]:
     "Names of the fields that stand beside the last part of `loc`."
     model: Any = Params
@@ -238,7 +239,7 @@ def validate(data: dict, where: str = "params") -> Params:
         lines = list(dict.fromkeys(_explain(x) for x in e.errors()))
         raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
 
-# %% ../nbs/00_params.ipynb #f97c7f82
+# %% ../nbs/00_params.ipynb #4930e2cf
 def set_key(data: dict, assignment: str) -> None:
     "Apply `a.b=value` (the value read as YAML) to `data`, in place."
     key, eq, value = assignment.partition("=")

@@ -1,0 +1,29 @@
+# make report   everything from set-up to the published report of params/quickstart.yaml
+# make test     every test that needs nothing but Python
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PARAMS ?= params/quickstart.yaml
+BIN := .venv/bin
+
+.PHONY: report test lab bench lock
+report: .venv
+	@$(BIN)/domain-adapt run $(PARAMS)
+
+test: .venv
+	@bash tests/notebooks_agree.sh
+	@$(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^(stages|[._].*)$$'
+	@$(BIN)/python -m pytest -q $(PYTEST)
+
+lab: .venv
+	@$(BIN)/jupyter lab nbs
+
+.PHONY: .venv
+.venv: .venv/installed
+
+.venv/installed: requirements.txt pyproject.toml
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "error: Python 3.11 is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo not there); name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "error: $(PYTHON) lacks venv; install it (Debian: python3.11-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@

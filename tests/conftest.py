@@ -1,0 +1,59 @@
+"""What several tests share: tiny models, the tiny run's files, and where real data may lie."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "tiny"
+
+
+def _make():
+    spec = importlib.util.spec_from_file_location("make_tiny", TINY / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    "A function that saves a random Llama with a byte-level tokenizer: make_model(folder, seed, hidden, layers)."
+    return _make().model
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory, make_model) -> Path:
+    "A two-layer random Llama with a tokenizer, as a HF folder."
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dev_data() -> Path:
+    "Real filings, papers and benchmarks for development; the test skips where there are none."
+    folder = Path(os.environ.get("DOMAIN_ADAPT_DEV_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir(): pytest.skip(f"no development data at {folder}; DOMAIN_ADAPT_DEV_DATA can name it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cli():
+    "Run the command line in a process of its own: cli('run', 'params/tiny.yaml', env={...}) -> CompletedProcess."
+    def call(*words, env=None, timeout=600, **kw):
+        return subprocess.run([sys.executable, "-m", "domain_adapt.cli", *map(str, words)], cwd=ROOT, text=True, capture_output=True,
+                              env=os.environ | (env or {}), timeout=timeout, **kw)
+    return call
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="also run tests that take over a minute")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--run-slow"): return
+    for item in items:
+        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="over a minute; --run-slow runs it"))

@@ -1,0 +1,84 @@
+"""Make the inputs of params/tiny.yaml: three invented filings, invented general text, benchmark items and a
+two-layer random Llama with a byte-level tokenizer. Run it from the repository root; what it makes is committed."""
+import json, random, shutil
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COMPANIES = {"alder": ("Alder Works Inc.", "tools"), "birch": ("Birch Harbor Corp.", "freight"), "cedar": ("Cedar Lane Stores", "groceries")}
+SUBJECTS = ["Net sales", "Operating income", "Cost of sales", "Cash from operations", "Interest expense", "Gross margin", "Capital spending"]
+VERBS = ["rose", "fell", "were little changed", "increased", "decreased"]
+REASONS = ["higher prices", "lower volumes", "a weaker currency", "new locations", "the timing of payments", "freight costs", "a longer fiscal year"]
+PLACES = ["river", "valley", "harbour", "hill", "forest", "island", "market", "bridge", "school", "garden"]
+DEEDS = ["was built by", "was painted by", "was visited by", "was named after", "was described by", "was measured by"]
+PEOPLE = ["a teacher", "two sisters", "an old sailor", "the first mayor", "a young botanist", "travelling players"]
+
+
+def sentence(r: random.Random, product: str) -> str:
+    a, b = r.randint(100, 9999), r.randint(1, 40)
+    return (f"{r.choice(SUBJECTS)} of {product} {r.choice(VERBS)} by {b}.{r.randint(0, 9)}% to ${a:,} million in fiscal "
+            f"20{r.randint(19, 25)}, mainly because of {r.choice(REASONS)} and {r.choice(REASONS)}.")
+
+
+def table(r: random.Random) -> str:
+    rows = "".join(
+        f'<tr><td>{s}</td><td>$</td><td><ix:nonFraction name="x:y" contextRef="c">{r.randint(100, 9999):,}</ix:nonFraction></td>'
+        f"<td>(</td><td>{r.randint(1, 999)}</td><td>)</td></tr>" for s in SUBJECTS)
+    return f'<p>(in millions)</p><table><tr><th></th><th colspan="2">2025</th><th colspan="3">2024</th></tr>{rows}</table>'
+
+
+def filing(key: str, name: str, product: str) -> str:
+    r = random.Random(key)
+    parts = [f"<h1>{name}</h1><p>Annual report on Form 10-K for the fiscal year ended December 31, 2025</p>"]
+    for item in ("Item 1. Business", "Item 1A. Risk Factors", "Item 7. Management's Discussion", "Item 8. Financial Statements"):
+        parts.append(f"<h2>{item}</h2>")
+        for _ in range(12): parts.append("<p>" + " ".join(sentence(r, product) for _ in range(5)) + "</p>")
+        parts.append(table(r))
+    hidden = ('<div style="display:none"><ix:header><ix:hidden><ix:nonNumeric name="dei:EntityRegistrantName" contextRef="c">'
+              f"{name}</ix:nonNumeric><ix:nonNumeric name=\"dei:DocumentType\" contextRef=\"c\">10-K</ix:nonNumeric>"
+              "<ix:nonNumeric name=\"dei:EntityCentralIndexKey\" contextRef=\"c\">0000777777</ix:nonNumeric>hiddenword</ix:hidden></ix:header></div>")
+    return ('<html xmlns="http://www.w3.org/1999/xhtml" xmlns:ix="http://www.xbrl.org/2013/inlineXBRL"><head><title>10-K</title></head><body>'
+            + hidden + "".join(parts) + "</body></html>\n")
+
+
+def story(r: random.Random, sentences: int) -> str:
+    return " ".join(f"The {r.choice(PLACES)} near the {r.choice(PLACES)} {r.choice(DEEDS)} {r.choice(PEOPLE)}, "
+                    f"and later it {r.choice(DEEDS)} {r.choice(PEOPLE)} of the {r.choice(PLACES)}." for _ in range(sentences))
+
+
+def documents() -> None:
+    for key, (name, product) in COMPANIES.items(): write(f"filings/{key}_2025_10k.html", filing(key, name, product))
+    r = random.Random("encyclopedia")
+    write("encyclopedia.jsonl", "".join(json.dumps({"id": f"article-{i}", "text": story(r, 25)}) + "\n" for i in range(40)))
+    write("news.cor", "".join(story(r, 9) + "\n" for _ in range(40)))
+
+
+def write(name: str, text: str) -> None:
+    (HERE / name).parent.mkdir(parents=True, exist_ok=True)
+    (HERE / name).write_text(text, encoding="utf-8")
+
+
+def model(at: Path, seed: int = 0, hidden: int = 32, layers: int = 2) -> None:
+    "A random Llama with grouped queries and tied embeddings, and a byte-level tokenizer that adds no BOS."
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=320, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+                         pad_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    made = LlamaForCausalLM(config)
+    made.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    made.save_pretrained(at)
+    tokenizer.save_pretrained(at)
+
+
+if __name__ == "__main__":
+    for name in ("filings", "model"): shutil.rmtree(HERE / name, ignore_errors=True)
+    documents()
+    model(HERE / "model")
