@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FACTORIES', 'LONGEST_BLOCKED', 'ROWS', 'CHUNK', 'LLAMA3_ROPE', 'cpu_torch', 'use_cpu_backend', 'RMSNorm',
-           'BlockAttention', 'CausalAttention', 'layer_spec', 'LinearCrossEntropy', 'Llama', 'check_llama',
-           'transformer_config', 'initialize', 'build_model', 'trainable']
+           'BlockAttention', 'CausalAttention', 'layer_spec', 'LinearCrossEntropy', 'linear_cross_entropy', 'Llama',
+           'check_llama', 'transformer_config', 'initialize', 'build_model', 'trainable']
 
-# %% ../nbs/31_megatron.ipynb #81867ecb
+# %% ../nbs/31_megatron.ipynb #de70d271
 import functools, math, os, sys, types, warnings
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
-# %% ../nbs/31_megatron.ipynb #81da6443
+# %% ../nbs/31_megatron.ipynb #c014bb15
 def _on_cpu(make):
     "The tensor factory `make`, whose device is the CPU whatever is asked."
     @functools.wraps(make)
@@ -49,7 +49,7 @@ def _cpu_cuda() -> types.ModuleType:
     cuda.random = types.SimpleNamespace(get_rng_state=cuda.get_rng_state)
     return cuda
 
-# %% ../nbs/31_megatron.ipynb #a1504771
+# %% ../nbs/31_megatron.ipynb #24da6fb9
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like")
 
 def cpu_torch() -> types.ModuleType:
@@ -60,7 +60,7 @@ def cpu_torch() -> types.ModuleType:
     for name in FACTORIES: setattr(stand_in, name, _on_cpu(getattr(torch, name)))
     return stand_in
 
-# %% ../nbs/31_megatron.ipynb #b1d20742
+# %% ../nbs/31_megatron.ipynb #60101ad9
 def _from_megatron() -> bool: return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
 
 def _tensor_methods(type_, cuda):
@@ -79,19 +79,35 @@ def use_cpu_backend() -> None:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch: module.torch = stand_in
     torch.Tensor.type, torch.Tensor.cuda = _tensor_methods(torch.Tensor.type, torch.Tensor.cuda)
 
-# %% ../nbs/31_megatron.ipynb #f334f5f6
+# %% ../nbs/31_megatron.ipynb #82facdc8
+class _RMSNorm(torch.autograd.Function):
+    "x / sqrt(mean x² + eps) · weight, keeping only x and the roots for the backward."
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        h = x.float()
+        root = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, root)
+        return weight * (h * root).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, root = ctx.saved_tensors
+        normed, w = x * root, weight.float()
+        product = grad * normed
+        along = (product @ w).unsqueeze(-1).div_(-x.shape[-1])
+        dx = (grad * w).addcmul_(normed, along).mul_(root)
+        return dx.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
+
 class RMSNorm(torch.nn.Module):
-    "x / sqrt(mean x² + eps) · weight, the mean in fp32."
+    "Root mean square norm, computed in fp32 and rounded to the input's precision before the weight."
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.eps, self.weight = eps, torch.nn.Parameter(torch.ones(hidden_size))
         self.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = x.float()
-        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return _RMSNorm.apply(x, self.weight, self.eps)
 
-# %% ../nbs/31_megatron.ipynb #5c4b4631
+# %% ../nbs/31_megatron.ipynb #ba36d33a
 def _group(x: torch.Tensor, groups: int) -> torch.Tensor:
     "[s, b, heads, d] to [b·groups, heads per group, s, d]."
     s, b, heads, d = x.shape
@@ -102,7 +118,7 @@ def _ungroup(x: torch.Tensor, batch: int) -> torch.Tensor:
     bg, per, s, d = x.shape
     return x.view(batch, bg // batch, per, s, d).permute(3, 0, 1, 2, 4).reshape(s, batch, -1, d)
 
-# %% ../nbs/31_megatron.ipynb #b9c7b8dd
+# %% ../nbs/31_megatron.ipynb #412deeff
 class BlockAttention(torch.autograd.Function):
     "Causal attention of [s, b, heads, d] queries on [s, b, groups, d] keys and values, by blocks of `rows` queries."
     @staticmethod
@@ -134,7 +150,7 @@ class BlockAttention(torch.autograd.Function):
             dk[:, :j].baddbmm_(ds.mT, qi, alpha=ctx.scale)
         return (*(_ungroup(x, ctx.batch) for x in (dq, dk.unsqueeze(1), dv.unsqueeze(1))), None, None)
 
-# %% ../nbs/31_megatron.ipynb #97c33207
+# %% ../nbs/31_megatron.ipynb #8f936ebc
 LONGEST_BLOCKED, ROWS = 1024, 128
 
 class CausalAttention(MegatronModule):
@@ -153,7 +169,7 @@ class CausalAttention(MegatronModule):
         else: out = BlockAttention.apply(query, key, value, self.scale, ROWS)
         return out.reshape(*query.shape[:2], -1)
 
-# %% ../nbs/31_megatron.ipynb #2d5439db
+# %% ../nbs/31_megatron.ipynb #4b1a753a
 def layer_spec() -> TransformerBlockSubmodules:
     "A Llama block for Megatron-Core without TransformerEngine."
     attention = ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, SelfAttentionSubmodules(
@@ -163,27 +179,28 @@ def layer_spec() -> TransformerBlockSubmodules:
         input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add))
 
-# %% ../nbs/31_megatron.ipynb #accf0709
-def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, rows: int = 64) -> torch.Tensor:
-    "Σ mask·(−log p(label)) in fp32; `logits` is overwritten by its gradient."
-    total = torch.zeros((), dtype=torch.float64)
+# %% ../nbs/31_megatron.ipynb #47b8a54c
+def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, rows: int = 64) -> float:
+    "Σ mask·(−log p(label)), mask being 0 or 1; `logits` [n, vocab] is overwritten by the gradient."
+    total = 0.0
     for part, y, m in zip(logits.split(rows), labels.split(rows), mask.split(rows)):
-        log_p = part.float().log_softmax(-1)
-        total -= log_p.gather(1, y[:, None])[:, 0].mul_(m).sum().double().cpu()
-        log_p.exp_().mul_(m[:, None])
-        log_p[torch.arange(len(y)), y] -= m
-        part.copy_(log_p)
+        label, highest = part.gather(1, y[:, None])[:, 0].float(), part.amax(1).float()
+        p = part.softmax(-1, dtype=torch.float32)
+        losses = highest - p.amax(1).log() - label    # log Σ exp = the highest logit − log of its probability
+        total += (losses * m).double().sum().item()
+        p[torch.arange(len(y)), y] -= 1
+        part.copy_(p)
+        part[m == 0] = 0
     return total
 
-# %% ../nbs/31_megatron.ipynb #bcbef242
+# %% ../nbs/31_megatron.ipynb #527ea5d0
 CHUNK = 2**26    # logits in memory at once
 
 class LinearCrossEntropy(torch.autograd.Function):
-    "Σ mask·cross entropy of `hidden @ weight.T` [n, vocab] against `labels` [n], as fp32; gradients are made in the forward."
+    "Makes the gradients of `linear_cross_entropy` in its forward, where `learn` says that they are wanted."
     @staticmethod
-    def forward(ctx, hidden, weight, labels, mask):
+    def forward(ctx, hidden, weight, labels, mask, learn):
         total, parts = 0.0, -(-len(hidden) * len(weight) // CHUNK)
-        learn = any(ctx.needs_input_grad)
         dh, dw = (torch.empty_like(hidden), torch.zeros_like(weight)) if learn else (None, None)
         for rows in torch.arange(len(hidden)).tensor_split(parts):
             at = slice(rows[0], rows[-1] + 1)
@@ -193,21 +210,25 @@ class LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=dh[at])
                 dw.addmm_(logits.t(), hidden[at])
         ctx.save_for_backward(dh, dw)
-        return total.to(hidden.device, torch.float32)
+        return hidden.new_tensor(total, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx, grad):
-        return *(x if grad == 1 else x.mul_(grad) for x in ctx.saved_tensors), None, None
+        return *(x if grad == 1 else x.mul_(grad) for x in ctx.saved_tensors), None, None, None
 
-# %% ../nbs/31_megatron.ipynb #6bfb7619
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    "Σ mask·cross entropy, in fp32, of the logits `hidden @ weight.T` [n, vocab] against `labels` [n]; mask is 0 or 1."
+    return LinearCrossEntropy.apply(hidden, weight, labels, mask, torch.is_grad_enabled())
+
+# %% ../nbs/31_megatron.ipynb #a31eae4a
 class Llama(GPTModel):
     "megatron-core's GPTModel, except that with `labels` and `loss_mask` it gives the summed loss without whole logits."
     def _postprocess(self, hidden_states, *args, labels=None, loss_mask=None, **kwargs):
         if labels is None or not self.post_process: return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
-        return LinearCrossEntropy.apply(hidden_states.flatten(0, 1), weight, labels.t().flatten(), loss_mask.t().flatten())
+        return linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels.t().flatten(), loss_mask.t().flatten())
 
-# %% ../nbs/31_megatron.ipynb #5bb50f01
+# %% ../nbs/31_megatron.ipynb #9c80d11d
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 def check_llama(hf) -> None:
@@ -223,7 +244,7 @@ def check_llama(hf) -> None:
         raise UserError("model: its config.json cannot be trained here: " + ", ".join(f"{k} is {v!r}" for k, v in wrong.items())
                         + "; Llama 2 and 3, SmolLM and others of model_type llama without biases can")
 
-# %% ../nbs/31_megatron.ipynb #36490760
+# %% ../nbs/31_megatron.ipynb #1bc43fad
 def transformer_config(hf, layout: Layout = Layout(), bf16: bool = False) -> TransformerConfig:
     "megatron-core's configuration for a transformers Llama configuration. Fusions that need CUDA are off without it."
     check_llama(hf)
@@ -238,7 +259,7 @@ def transformer_config(hf, layout: Layout = Layout(), bf16: bool = False) -> Tra
         use_cpu_initialization=True, persist_layer_norm=False, masked_softmax_fusion=False, bias_dropout_fusion=False,
         bias_activation_fusion=False, apply_rope_fusion=False, batch_p2p_comm=False)
 
-# %% ../nbs/31_megatron.ipynb #5ee15585
+# %% ../nbs/31_megatron.ipynb #7f9c0fc1
 def initialize(layout: Layout = Layout(), seed: int = 0) -> torch.device:
     "Join the process group and place this process in the layout; where there is no CUDA, use the CPU. Returns its device."
     cuda = torch.cuda.is_available()
@@ -258,7 +279,7 @@ def build_model(hf, config: TransformerConfig) -> Llama:
                  share_embeddings_and_output_weights=hf.tie_word_embeddings, position_embedding_type="rope",
                  rotary_base=rope["rope_theta"], rope_scaling=rope.get("rope_type") == "llama3", rope_scaling_factor=rope.get("factor", 1.0))
 
-# %% ../nbs/31_megatron.ipynb #e3f1a411
+# %% ../nbs/31_megatron.ipynb #786fb63c
 def trainable(model: Llama, train: Train, bf16: bool) -> tuple[DistributedDataParallel, "MegatronOptimizer"]:
     "`model` in its precision behind data parallelism, and its AdamW (0.9, 0.95) with clipping, both megatron-core's."
     config = model.config

@@ -7,7 +7,7 @@ __all__ = ['TOLERANCE', 'check_layout', 'export_steps', 'launch', 'take_checkpoi
            'heldout_data', 'parts', 'batch_of', 'micro_batches', 'collate', 'Drawn', 'check_logits', 'load', 'masters',
            'update', 'over_processes', 'heldout_losses', 'save_checkpoint', 'save_export', 'Clock', 'work']
 
-# %% ../nbs/33_train.ipynb #fa7e37ec
+# %% ../nbs/33_train.ipynb #93fa1404
 import contextlib, ctypes, json, math, os, platform, resource, shutil, signal, subprocess, sys, tempfile, time, traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from .params import Params, Train, UserError, validate
 from .runs import ROOT, environment, progress, whole_folder, write_csv, write_json
 from .schedule import learning_rate
 
-# %% ../nbs/33_train.ipynb #6cf5f58b
+# %% ../nbs/33_train.ipynb #f8936a57
 def check_layout(train: Train) -> None:
     "Raises `UserError` where the layout, the processes and the batch do not fit or are not to be had."
     for name, size in train.layout:
@@ -32,7 +32,7 @@ def export_steps(train: Train) -> list[int]:
     "Steps after which a checkpoint and an export are kept, the last being the end."
     return sorted({max(1, round(share * train.steps)) for share in train.export_at})
 
-# %% ../nbs/33_train.ipynb #9a523dc2
+# %% ../nbs/33_train.ipynb #07d30028
 def _die_with_parent() -> None:
     "Have Linux kill this process when the one that started it ends."
     if platform.system() == "Linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -43,7 +43,7 @@ def _command(job: Path, processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python",
             sys.executable, "-W", "ignore", "-c", work]
 
-# %% ../nbs/33_train.ipynb #4ea29260
+# %% ../nbs/33_train.ipynb #cb598f81
 def _failure(error: Path, log: Path, code: int) -> Exception:
     "The exception that says why training ended with `code`."
     told = json.loads(error.read_text()) if error.is_file() else {}
@@ -61,7 +61,8 @@ def launch(job: dict, processes: int, steps: int) -> None:
          progress(total=steps, description="train") as bar:
         file, error = Path(tmp) / "job.json", Path(tmp) / "error.json"
         write_json(file, job | {"error": str(error)})
-        env = os.environ | {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes)), "TORCHELASTIC_ERROR_FILE": f"{tmp}/elastic.json"}
+        env = {"GLOO_SOCKET_IFNAME": "lo"} if platform.system() == "Linux" else {}
+        env |= os.environ | {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes))}
         child = subprocess.Popen(_command(file, processes), cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                  preexec_fn=_die_with_parent)
         try:
@@ -78,7 +79,7 @@ def _stop(child: subprocess.Popen) -> None:
     try: child.wait(20)
     except subprocess.TimeoutExpired: child.kill(); child.wait()
 
-# %% ../nbs/33_train.ipynb #8ae61f9f
+# %% ../nbs/33_train.ipynb #d4a83ed3
 def take_checkpoint(name: str, out: Path) -> None:
     "Use the model `name` in place of one trained here: its folder becomes the only export, with nothing seen."
     shutil.copytree(get_model(name), out / "hf" / "step_0")
@@ -95,7 +96,7 @@ def train(params: Params, folders: dict[str, Path], out: Path) -> None:
     launch(dict(params=params.model_dump(mode="json"), model=str(get_model(params.model)), tokens=str(folders["tokens"].absolute()),
                 out=str(out.absolute())), params.train.processes, params.train.steps)
 
-# %% ../nbs/33_train.ipynb #82d5a27c
+# %% ../nbs/33_train.ipynb #82246fe1
 class Vocabulary:
     "What megatron-core's datasets ask of a tokenizer when the text is tokens already."
     def __init__(self, size: int, eod: int): self.vocab_size, self.eod, self.unique_identifiers = size, eod, {"size": size, "eod": eod}
@@ -114,7 +115,7 @@ def _dataset(split: int, prefixes: list[Path], weights: list[float] | None, samp
     sizes[split] = samples
     return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[split]
 
-# %% ../nbs/33_train.ipynb #e967625d
+# %% ../nbs/33_train.ipynb #8c82a256
 def training_data(tokens: Path, blend: pd.DataFrame, vocabulary: Vocabulary, params: Params, cache: Path):
     "The blended dataset of all the sequences that training will draw, in order."
     used = blend[blend["asked"] > 0]
@@ -130,7 +131,7 @@ def parts(data) -> list:
     "The datasets that a blend is made of; a blend of one is that one."
     return getattr(data, "datasets", [data])
 
-# %% ../nbs/33_train.ipynb #d267c891
+# %% ../nbs/33_train.ipynb #832bad9e
 def batch_of(step: int, size: int) -> range:
     "Which sequences of the data update `step` (from 1) learns from."
     return range((step - 1) * size, step * size)
@@ -147,7 +148,7 @@ def collate(data, rows: range, device) -> dict:
     samples = [data[i] for i in rows]
     return {k: torch.stack([s[k] for s in samples]).to(device) for k in ("tokens", "labels", "loss_mask")}
 
-# %% ../nbs/33_train.ipynb #0fb83648
+# %% ../nbs/33_train.ipynb #bad9f098
 class Drawn:
     "Counts, over the batches of a run, tokens and documents of each corpus."
     def __init__(self, data, corpora: list[str]):
@@ -168,7 +169,7 @@ class Drawn:
         table = pd.DataFrame(rows, columns=["corpus", "asked", "documents", "tokens"])
         return table.assign(share=table["tokens"] / max(1, table["tokens"].sum()))
 
-# %% ../nbs/33_train.ipynb #32a2c693
+# %% ../nbs/33_train.ipynb #00e6e923
 TOLERANCE = 1e-3
 
 def check_logits(model, reference, ids) -> dict:
@@ -182,7 +183,7 @@ def check_logits(model, reference, ids) -> dict:
                         "its config.json asks for something that this trainer does not compute")
     return figures
 
-# %% ../nbs/33_train.ipynb #9207430a
+# %% ../nbs/33_train.ipynb #4e10f00e
 def load(folder: str, params: Params, ids, bf16: bool, device) -> tuple:
     "Model and optimizer with the weights of an HF folder, its configuration, and the figures of the logits check."
     import torch
@@ -208,7 +209,7 @@ def _inner(model):
     while hasattr(model, "module"): model = model.module
     return model
 
-# %% ../nbs/33_train.ipynb #e60ae7f0
+# %% ../nbs/33_train.ipynb #79b70d97
 def update(ddp, optimizer, batches: list[dict], lr: float) -> tuple[float, float]:
     "Learn from a global batch at rate `lr`, by megatron-core's schedule. Gives the mean loss of this process and the grad norm."
     from functools import partial
@@ -235,7 +236,7 @@ def over_processes(*values: float, op: str = "SUM") -> list[float]:
     torch.distributed.all_reduce(both, op=getattr(torch.distributed.ReduceOp, op))
     return both.tolist()
 
-# %% ../nbs/33_train.ipynb #f4d4b7fd
+# %% ../nbs/33_train.ipynb #fcec4c4d
 def heldout_losses(ddp, heldout: dict, params: Params, rank: int, world: int, device) -> dict[str, float]:
     "Mean loss per token on the first `train.validation.tokens` of each held-out corpus."
     import torch
@@ -251,7 +252,7 @@ def heldout_losses(ddp, heldout: dict, params: Params, rank: int, world: int, de
         losses[f"heldout/{corpus}"] = total / count
     return losses
 
-# %% ../nbs/33_train.ipynb #637c9e9e
+# %% ../nbs/33_train.ipynb #552997d8
 def save_checkpoint(ddp, optimizer, step: int, folder: Path) -> None:
     "megatron-core's torch_dist checkpoint of model, optimizer and step. Every process calls this."
     import torch
@@ -270,7 +271,7 @@ def save_export(ddp, hf, source: str, folder: Path) -> None:
     from domain_adapt.convert import export_hf, to_hf
     with whole_folder(folder) as beside: export_hf(to_hf({n: p.cpu() for n, p in masters(ddp).items()}, hf), source, beside)
 
-# %% ../nbs/33_train.ipynb #293aea82
+# %% ../nbs/33_train.ipynb #cf260b47
 class Clock(dict):
     "Seconds by phase: `with clock(\"load\"): ...`."
     @contextlib.contextmanager
@@ -279,7 +280,7 @@ class Clock(dict):
         try: yield
         finally: self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
 
-# %% ../nbs/33_train.ipynb #6f0517a7
+# %% ../nbs/33_train.ipynb #b31d3b3d
 def _loop(params: Params, ddp, optimizer, data, drawn: Drawn, measure, keep, metrics: Path, clock: Clock, device) -> None:
     "Every step: draw, learn, count, write a line of metrics; held-out losses and exports where they are due."
     import torch
@@ -306,7 +307,7 @@ def _loop(params: Params, ddp, optimizer, data, drawn: Drawn, measure, keep, met
                 with clock("validation"): line |= measure()
             write(**line)
 
-# %% ../nbs/33_train.ipynb #0c963acb
+# %% ../nbs/33_train.ipynb #900c71ec
 def _info(params: Params, bf16: bool, ddp, optimizer, data, check: dict, clock: Clock, drawn: Drawn) -> dict:
     "What a reader must know of how the model was made."
     import torch
@@ -360,7 +361,7 @@ def _work(job: dict) -> None:
         write_json(out / "info.json", info)
     torch.distributed.destroy_process_group()
 
-# %% ../nbs/33_train.ipynb #f469d9a5
+# %% ../nbs/33_train.ipynb #f38f4468
 def work(job: str) -> None:
     "What each process runs: the job in the JSON file `job`. An error is left in the file that it names."
     _die_with_parent()

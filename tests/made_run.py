@@ -3,7 +3,7 @@
 `make(root)` writes the folders of stages 1 to 5 and their executed notebooks, whose tables and figures are drawn by
 the cells of the real stage notebooks.
 """
-import ast, gzip, json
+import ast, atexit, functools, gzip, json, shutil, tempfile
 from pathlib import Path
 from types import SimpleNamespace
 import nbformat
@@ -158,3 +158,14 @@ def make(root: Path, title: str = "A made-up run") -> tuple[Params, dict[str, Pa
         stage = SimpleNamespace(folder=folders[s], folders=folders, params=p)
         write_text(folders["notebooks"] / f"{i}_{s}.ipynb", nbformat.writes(notebook(ROOT / "nbs" / "stages" / f"{i}_{s}.ipynb", stage)))
     return p, folders
+
+
+@functools.cache
+def site() -> Path:
+    "The report of a made-up run, built once for all the tests of a session."
+    from domain_adapt.report import build_report
+    root = Path(tempfile.mkdtemp(prefix="made-run-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    p, folders = make(root)
+    build_report(p, folders, root / "6_report")
+    return root / "6_report"

@@ -133,7 +133,7 @@ def test_a_killed_stage_is_done_again(tmp_path):
 
 def test_a_stage_wants_those_before_it(tmp_path):
     stage = Stage("tokens", None, "0" * 16, tmp_path / "tokens-0", {"ingest": tmp_path / "ingest-0"})
-    with pytest.raises(UserError, match="stage tokens reads stage ingest, which is not done"): stage.run(None)
+    with pytest.raises(UserError, match="stage tokens reads stage ingest, which is not done with these settings and this code"): stage.run(None)
 
 
 def test_whole_folder_replaces_or_keeps(tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'SIGNS', 'KINDS', 'PACKED', 'DAMAGE', 'wiki_text', 'not_kept', 'record', 'wiki_pages', 'json_lines',
            'parquet_rows', 'text_lines', 'whole_text', 'documents']
 
-# %% ../../nbs/14_general.ipynb #a4350615
+# %% ../../nbs/14_general.ipynb #758c9137
 import bz2, gzip, html, io, json, re, zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,22 @@ from datatrove.data import Document
 from lxml import etree
 from .sec import Unreadable, decode
 
-# %% ../../nbs/14_general.ipynb #8c10a16f
+# %% ../../nbs/14_general.ipynb #1854f14c
+_elsewhere = re.compile(r":?\s*(?:file|image|category|media|[a-z]{2,3}(?:-[a-z]+)?)\s*:", re.I)
+
+def _link(match: re.Match) -> str:
+    "The words of an innermost [[link]]."
+    target, *words = match[1].split("|")
+    return "" if _elsewhere.match(target) else (words[-1] if words and words[-1] else target).strip()
+
+def _inside_out(left: str, right: str, replace: Callable[[re.Match], str], text: str) -> str:
+    "Replace what stands between doubled brackets until none is left, the innermost first."
+    a, b = re.escape(left), re.escape(right)
+    pattern = re.compile(rf"{a}{a}((?:[^{a}{b}]++|{a}(?!{a})|{b}(?!{b}))*+){b}{b}")
+    while (new := pattern.sub(replace, text)) != text: text = new
+    return text
+
+# %% ../../nbs/14_general.ipynb #fc3e19c0
 def _measure(a: list[str]) -> str: return " ".join(a[:4] if a[1:2] in (["to"], ["-"], ["–"], ["and"], ["by"]) else a[:2])
 
 WORDS: dict[str, Callable[[list[str]], str]] = {
@@ -31,28 +46,14 @@ SIGNS = {"ndash": "–", "mdash": "—", "snd": " – ", "spaced ndash": " – "
 
 def _template(match: re.Match) -> str:
     "The words that an innermost template puts into its sentence."
-    name, *given = (x.strip() for x in match[1].split("|"))
+    name, *given = (x.strip() for x in _inside_out("[", "]", _link, match[1]).split("|"))
     name, args = name.lower(), [re.sub(r"^(?:[12]|text)\s*=\s*", "", a) for a in given]
     args = [a for a in args if a and not re.match(r"[\w -]+=", a)]
     if name.startswith("formatnum:"): return name.removeprefix("formatnum:")
     words = WORDS.get("lang" if name.startswith("lang-") else name)
     return words(args) if words and args else SIGNS.get(name, "")
 
-# %% ../../nbs/14_general.ipynb #fe4d58e6
-_elsewhere = re.compile(r":?\s*(?:file|image|category|media|wikt|wiktionary|template|portal|[a-z]{2,3}(?:-[a-z]+)?)\s*:", re.I)
-
-def _link(match: re.Match) -> str:
-    "The words of an innermost [[link]]."
-    target, *words = match[1].split("|")
-    return "" if _elsewhere.match(target) else (words[-1] if words and words[-1] else target).strip()
-
-def _inside_out(left: str, right: str, replace: Callable[[re.Match], str], text: str) -> str:
-    "Replace what stands between doubled brackets until none is left, the innermost first."
-    a, b = re.escape(left), re.escape(right)
-    pattern = re.compile(rf"{a}{a}((?:[^{a}{b}]+|{a}(?!{a})|{b}(?!{b}))*){b}{b}")
-    while (new := pattern.sub(replace, text)) != text: text = new
-    return text
-
+# %% ../../nbs/14_general.ipynb #3afd595b
 def _without_tables(text: str) -> str:
     "The text without its tables, which may hold tables."
     out, depth = [], 0
@@ -63,7 +64,7 @@ def _without_tables(text: str) -> str:
         if not depth: out.append(line)
     return "\n".join(out)
 
-# %% ../../nbs/14_general.ipynb #f7097b0d
+# %% ../../nbs/14_general.ipynb #e813c64e
 _dropped = re.compile(r"<!--.*?-->|<ref\b[^<>]*/>|__[A-Z]+__|<(ref|gallery|timeline|imagemap|score|hiero)\b[^<>]*>.*?</\1\s*>", re.S | re.I)
 _sources = re.compile(r"see also|references|notes|notes and references|references and notes|external links|further reading"
                       r"|bibliography|footnotes|citations|sources|works cited", re.I)
@@ -82,7 +83,7 @@ def _sections(text: str) -> str:
         waiting = []
     return "\n".join(out)
 
-# %% ../../nbs/14_general.ipynb #480f02db
+# %% ../../nbs/14_general.ipynb #2592ee22
 def wiki_text(source: str) -> str:
     "Plain text of an article's wikitext: paragraphs, Markdown headings and lists."
     text = re.sub(r"<math\b[^<>]*>(.*?)</math\s*>", lambda m: f"${m[1].strip()}$".translate(_hide), source, flags=re.S | re.I)
@@ -94,11 +95,12 @@ def wiki_text(source: str) -> str:
     text = html.unescape(re.sub(r"</?[a-z][^<>]*>", "", text, flags=re.I)).translate(_show)
     text = re.sub(r"^[*#]+[ \t]*", "- ", re.sub(r"^[:;]+[ \t]*", "", text, flags=re.M), flags=re.M)
     text = re.sub(r"[^\S\n]+", " ", _sections(text))
-    text = re.sub(r"\( ?[,;] ?", "(", re.sub(r" ?\([,; ]*\)", "", text))
+    text = re.sub(r"\( *(?:[,;] *)*", "(", re.sub(r" ?\([,; ]*\)", "", text))
+    text = re.sub(r"\[\[|\]\]", "", text)
     paragraphs = (p.strip() for p in re.sub(r"^ ?- ?$", "", text, flags=re.M).split("\n"))
     return re.sub(r"^(- .*)\n\n(?=- )", r"\1\n", "\n\n".join(filter(None, paragraphs)), flags=re.M)
 
-# %% ../../nbs/14_general.ipynb #b073714a
+# %% ../../nbs/14_general.ipynb #4d1aede6
 def not_kept(reason: str, step: str = "unreadable", text: str = "", title: str = "") -> Document:
     "A record that is read but dropped at once, with the step and reason under which it is counted."
     return Document(text=text, id="", metadata=dict(title=title, date="", url="", dropped=step, filter_reason=reason))
@@ -121,7 +123,7 @@ def wiki_pages(file: BinaryIO) -> Iterator[Document]:
         el.clear()
         while el.getprevious() is not None: del el.getparent()[0]
 
-# %% ../../nbs/14_general.ipynb #6ab54905
+# %% ../../nbs/14_general.ipynb #1552ead6
 def json_lines(file: BinaryIO) -> Iterator[Document]:
     "One record a line, each an object with a `text`; title, date and url are taken where present."
     for line in file:
@@ -150,7 +152,7 @@ def whole_text(file: BinaryIO) -> Iterator[Document]:
     "The file is one document."
     yield record(decode(file.read()).strip())
 
-# %% ../../nbs/14_general.ipynb #b3463e72
+# %% ../../nbs/14_general.ipynb #33314f42
 KINDS = {".xml": wiki_pages, ".jsonl": json_lines, ".txt": whole_text, ".md": whole_text, ".cor": text_lines}
 PACKED = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".zst": zstandard.open}
 _name = re.compile(r"(\.(?:xml|jsonl|txt|md|cor))(?:-p\d+p\d+[\w-]*)?(\.(?:gz|bz2|zst))?$|(\.parquet)$", re.I)

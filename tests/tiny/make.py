@@ -8,9 +8,18 @@ COMPANIES = {"alder": ("Alder Works Inc.", "tools"), "birch": ("Birch Harbor Cor
 SUBJECTS = ["Net sales", "Operating income", "Cost of sales", "Cash from operations", "Interest expense", "Gross margin", "Capital spending"]
 VERBS = ["rose", "fell", "were little changed", "increased", "decreased"]
 REASONS = ["higher prices", "lower volumes", "a weaker currency", "new locations", "the timing of payments", "freight costs", "a longer fiscal year"]
-PLACES = ["river", "valley", "harbour", "hill", "forest", "island", "market", "bridge", "school", "garden"]
-DEEDS = ["was built by", "was painted by", "was visited by", "was named after", "was described by", "was measured by"]
-PEOPLE = ["a teacher", "two sisters", "an old sailor", "the first mayor", "a young botanist", "travelling players"]
+PLACES = ("river valley harbour hill forest island market bridge school garden mill tower chapel orchard quarry station library "
+          "workshop meadow lighthouse canal theatre square barn fountain museum bakery ferry vineyard observatory").split()
+THINGS = ("bell map clock letter boat loom telescope song fossil coin lantern violin recipe machine portrait seed ladder compass "
+          "manuscript kite stove carpet microscope drum saddle calendar mosaic pump basket globe").split()
+QUALITIES = ("old small copper forgotten painted heavy northern quiet borrowed narrow broken wooden famous early careful blue distant "
+             "unfinished patient round bright hidden curious steep generous").split()
+DEEDS = ("built painted visited described measured repaired sold found drew copied moved lost kept studied opened bought shared named "
+         "carried counted cleaned defended discovered photographed").split()
+PEOPLE = ("teacher sailor mayor botanist weaver surgeon farmer printer astronomer cook poet carpenter widow merchant pilot nurse clerk "
+          "painter miner singer judge gardener baker traveller engineer").split()
+TURNS = ("In the spring", "Years later", "After the flood", "Before sunrise", "According to a neighbour", "For a while", "At first",
+         "By the end of that century", "During the long winter", "With little money", "As the records say", "On the way home")
 
 
 def sentence(r: random.Random, product: str) -> str:
@@ -41,8 +50,13 @@ def filing(key: str, name: str, product: str) -> str:
 
 
 def story(r: random.Random, sentences: int) -> str:
-    return " ".join(f"The {r.choice(PLACES)} near the {r.choice(PLACES)} {r.choice(DEEDS)} {r.choice(PEOPLE)}, "
-                    f"and later it {r.choice(DEEDS)} {r.choice(PEOPLE)} of the {r.choice(PLACES)}." for _ in range(sentences))
+    def one() -> str:
+        a, b = r.sample(PEOPLE, 2)
+        shapes = [f"{r.choice(TURNS)}, the {a} {r.choice(DEEDS)} a {r.choice(QUALITIES)} {r.choice(THINGS)} near the {r.choice(PLACES)}.",
+                  f"A {b} of the {r.choice(PLACES)} had {r.choice(DEEDS)} it with the {r.choice(THINGS)} of the {r.choice(QUALITIES)} {a}.",
+                  f"{r.choice(TURNS)} nobody {r.choice(DEEDS)} the {r.choice(PLACES)}, and the {b} {r.choice(DEEDS)} that {r.choice(THINGS)} alone."]
+        return r.choice(shapes)
+    return " ".join(one() for _ in range(sentences))
 
 
 def documents() -> None:
