@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FACTORIES', 'LONGEST_BLOCKED', 'ROWS', 'CHUNK', 'LLAMA3_ROPE', 'cpu_torch', 'use_cpu_backend', 'RMSNorm',
-           'BlockAttention', 'CausalAttention', 'layer_spec', 'LinearCrossEntropy', 'linear_cross_entropy', 'Llama',
-           'check_llama', 'transformer_config', 'initialize', 'build_model', 'trainable']
+           'BlockAttention', 'CausalAttention', 'SwiGLU', 'layer_spec', 'LinearCrossEntropy', 'linear_cross_entropy',
+           'Llama', 'check_llama', 'transformer_config', 'initialize', 'build_model', 'trainable']
 
-# %% ../nbs/31_megatron.ipynb #de70d271
+# %% ../nbs/31_megatron.ipynb #006ce277
 import functools, math, os, sys, types, warnings
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
-# %% ../nbs/31_megatron.ipynb #c014bb15
+# %% ../nbs/31_megatron.ipynb #7fe6ef54
 def _on_cpu(make):
     "The tensor factory `make`, whose device is the CPU whatever is asked."
     @functools.wraps(make)
@@ -49,7 +49,7 @@ def _cpu_cuda() -> types.ModuleType:
     cuda.random = types.SimpleNamespace(get_rng_state=cuda.get_rng_state)
     return cuda
 
-# %% ../nbs/31_megatron.ipynb #24da6fb9
+# %% ../nbs/31_megatron.ipynb #6ef00491
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like")
 
 def cpu_torch() -> types.ModuleType:
@@ -60,7 +60,7 @@ def cpu_torch() -> types.ModuleType:
     for name in FACTORIES: setattr(stand_in, name, _on_cpu(getattr(torch, name)))
     return stand_in
 
-# %% ../nbs/31_megatron.ipynb #60101ad9
+# %% ../nbs/31_megatron.ipynb #3fcb4305
 def _from_megatron() -> bool: return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
 
 def _tensor_methods(type_, cuda):
@@ -79,7 +79,7 @@ def use_cpu_backend() -> None:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch: module.torch = stand_in
     torch.Tensor.type, torch.Tensor.cuda = _tensor_methods(torch.Tensor.type, torch.Tensor.cuda)
 
-# %% ../nbs/31_megatron.ipynb #82facdc8
+# %% ../nbs/31_megatron.ipynb #c233a12e
 class _RMSNorm(torch.autograd.Function):
     "x / sqrt(mean x² + eps) · weight, keeping only x and the roots for the backward."
     @staticmethod
@@ -107,7 +107,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return _RMSNorm.apply(x, self.weight, self.eps)
 
-# %% ../nbs/31_megatron.ipynb #ba36d33a
+# %% ../nbs/31_megatron.ipynb #d7cc8e49
 def _group(x: torch.Tensor, groups: int) -> torch.Tensor:
     "[s, b, heads, d] to [b·groups, heads per group, s, d]."
     s, b, heads, d = x.shape
@@ -118,7 +118,7 @@ def _ungroup(x: torch.Tensor, batch: int) -> torch.Tensor:
     bg, per, s, d = x.shape
     return x.view(batch, bg // batch, per, s, d).permute(3, 0, 1, 2, 4).reshape(s, batch, -1, d)
 
-# %% ../nbs/31_megatron.ipynb #412deeff
+# %% ../nbs/31_megatron.ipynb #68db8f07
 class BlockAttention(torch.autograd.Function):
     "Causal attention of [s, b, heads, d] queries on [s, b, groups, d] keys and values, by blocks of `rows` queries."
     @staticmethod
@@ -150,7 +150,7 @@ class BlockAttention(torch.autograd.Function):
             dk[:, :j].baddbmm_(ds.mT, qi, alpha=ctx.scale)
         return (*(_ungroup(x, ctx.batch) for x in (dq, dk.unsqueeze(1), dv.unsqueeze(1))), None, None)
 
-# %% ../nbs/31_megatron.ipynb #8f936ebc
+# %% ../nbs/31_megatron.ipynb #e5311982
 LONGEST_BLOCKED, ROWS = 1024, 128
 
 class CausalAttention(MegatronModule):
@@ -169,17 +169,36 @@ class CausalAttention(MegatronModule):
         else: out = BlockAttention.apply(query, key, value, self.scale, ROWS)
         return out.reshape(*query.shape[:2], -1)
 
-# %% ../nbs/31_megatron.ipynb #4b1a753a
+# %% ../nbs/31_megatron.ipynb #baf23c80
+class _SwiGLU(torch.autograd.Function):
+    "silu(gate) · up of [..., gate then up], keeping only its input."
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors[0].chunk(2, -1)
+        return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)], -1)
+
+class SwiGLU(torch.nn.Module):
+    "The activation between fc1 and fc2, for megatron-core's MLP."
+    def __init__(self, config: TransformerConfig): super().__init__()
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return _SwiGLU.apply(x)
+
+# %% ../nbs/31_megatron.ipynb #d050c09b
 def layer_spec() -> TransformerBlockSubmodules:
     "A Llama block for Megatron-Core without TransformerEngine."
     attention = ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear, core_attention=CausalAttention, linear_proj=RowParallelLinear))
-    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU))
     return ModuleSpec(TransformerLayer, submodules=TransformerLayerSubmodules(
         input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add))
 
-# %% ../nbs/31_megatron.ipynb #47b8a54c
+# %% ../nbs/31_megatron.ipynb #403dc2ad
 def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, rows: int = 64) -> float:
     "Σ mask·(−log p(label)), mask being 0 or 1; `logits` [n, vocab] is overwritten by the gradient."
     total = 0.0
@@ -193,7 +212,7 @@ def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
         part[m == 0] = 0
     return total
 
-# %% ../nbs/31_megatron.ipynb #527ea5d0
+# %% ../nbs/31_megatron.ipynb #d95830bd
 CHUNK = 2**26    # logits in memory at once
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -220,7 +239,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: tor
     "Σ mask·cross entropy, in fp32, of the logits `hidden @ weight.T` [n, vocab] against `labels` [n]; mask is 0 or 1."
     return LinearCrossEntropy.apply(hidden, weight, labels, mask, torch.is_grad_enabled())
 
-# %% ../nbs/31_megatron.ipynb #a31eae4a
+# %% ../nbs/31_megatron.ipynb #1afecf4a
 class Llama(GPTModel):
     "megatron-core's GPTModel, except that with `labels` and `loss_mask` it gives the summed loss without whole logits."
     def _postprocess(self, hidden_states, *args, labels=None, loss_mask=None, **kwargs):
@@ -228,7 +247,7 @@ class Llama(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         return linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels.t().flatten(), loss_mask.t().flatten())
 
-# %% ../nbs/31_megatron.ipynb #9c80d11d
+# %% ../nbs/31_megatron.ipynb #b03d9e46
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 def check_llama(hf) -> None:
@@ -244,7 +263,7 @@ def check_llama(hf) -> None:
         raise UserError("model: its config.json cannot be trained here: " + ", ".join(f"{k} is {v!r}" for k, v in wrong.items())
                         + "; Llama 2 and 3, SmolLM and others of model_type llama without biases can")
 
-# %% ../nbs/31_megatron.ipynb #1bc43fad
+# %% ../nbs/31_megatron.ipynb #d3636464
 def transformer_config(hf, layout: Layout = Layout(), bf16: bool = False) -> TransformerConfig:
     "megatron-core's configuration for a transformers Llama configuration. Fusions that need CUDA are off without it."
     check_llama(hf)
@@ -252,14 +271,14 @@ def transformer_config(hf, layout: Layout = Layout(), bf16: bool = False) -> Tra
     return TransformerConfig(
         num_layers=hf.num_hidden_layers, hidden_size=hf.hidden_size, ffn_hidden_size=hf.intermediate_size,
         num_attention_heads=hf.num_attention_heads, num_query_groups=hf.num_key_value_heads, kv_channels=hf.head_dim,
-        normalization="RMSNorm", layernorm_epsilon=hf.rms_norm_eps, gated_linear_unit=True, activation_func=F.silu,
+        normalization="RMSNorm", layernorm_epsilon=hf.rms_norm_eps, gated_linear_unit=True, activation_func=F.silu, use_te_activation_func=True,
         add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, init_method=keep, output_layer_init_method=keep,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
         bf16=bf16, pipeline_dtype=torch.bfloat16 if bf16 else torch.float32, calculate_per_token_loss=True,
         use_cpu_initialization=True, persist_layer_norm=False, masked_softmax_fusion=False, bias_dropout_fusion=False,
         bias_activation_fusion=False, apply_rope_fusion=False, batch_p2p_comm=False)
 
-# %% ../nbs/31_megatron.ipynb #7f9c0fc1
+# %% ../nbs/31_megatron.ipynb #8411f7fb
 def initialize(layout: Layout = Layout(), seed: int = 0) -> torch.device:
     "Join the process group and place this process in the layout; where there is no CUDA, use the CPU. Returns its device."
     cuda = torch.cuda.is_available()
@@ -279,7 +298,7 @@ def build_model(hf, config: TransformerConfig) -> Llama:
                  share_embeddings_and_output_weights=hf.tie_word_embeddings, position_embedding_type="rope",
                  rotary_base=rope["rope_theta"], rope_scaling=rope.get("rope_type") == "llama3", rope_scaling_factor=rope.get("factor", 1.0))
 
-# %% ../nbs/31_megatron.ipynb #786fb63c
+# %% ../nbs/31_megatron.ipynb #96bf9abd
 def trainable(model: Llama, train: Train, bf16: bool) -> tuple[DistributedDataParallel, "MegatronOptimizer"]:
     "`model` in its precision behind data parallelism, and its AdamW (0.9, 0.95) with clipping, both megatron-core's."
     config = model.config

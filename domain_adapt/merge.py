@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_NORMALIZE', 'CANCELS', 'FLOATS', 'CARRIED', 'TALK', 'SHARD_BYTES', 'Recipe', 'recipe', 'common_dtype',
            'check_mergeable', 'carry_over', 'rendered', 'check_merged', 'merge']
 
-# %% ../nbs/51_merge.ipynb #339e3ac0
+# %% ../nbs/51_merge.ipynb #fe00c897
 import json, shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .models import load_tokenizer
 from .params import Candidate, UserError
 from .runs import whole_folder, write_json, write_text
 
-# %% ../nbs/51_merge.ipynb #87f83a20
+# %% ../nbs/51_merge.ipynb #6f0a3595
 @dataclass(frozen=True)
 class Recipe:
     "A merge as mergekit takes it, its settings in short, the seed of its masks (or None), what to say of it."
@@ -41,7 +41,7 @@ class Recipe:
         command = f"# mergekit-yaml mergekit_config.yml OUT{seed}, beside folders of the models' names\n"
         return command + yaml.safe_dump(self.config, sort_keys=False)
 
-# %% ../nbs/51_merge.ipynb #c7cc708b
+# %% ../nbs/51_merge.ipynb #c3456932
 def _models(candidate: Candidate, sibling: bool) -> dict:
     "mergekit's `models`, `base_model` and method parameters, but for `normalize`."
     entry = lambda name, **parameters: {"model": name, "parameters": parameters}
@@ -57,7 +57,7 @@ def _models(candidate: Candidate, sibling: bool) -> dict:
                                  f"1 - weight, so it must not be above 1 (given: {weight})")
     return {"base_model": "base", "models": [trained, entry("original", weight=rest, density=1.0)]}
 
-# %% ../nbs/51_merge.ipynb #873242c5
+# %% ../nbs/51_merge.ipynb #d4778478
 DEFAULT_NORMALIZE = {"ties": True, "dare_ties": False}  # mergekit's own
 CANCELS = ("Only the CPT model differs from the base, so normalize: true {verb} the weight out again, "
            "(w·δ)/w = δ: {so}.")
@@ -66,11 +66,11 @@ def _normalize(candidate: Candidate, sibling: bool) -> tuple[bool, str]:
     "The setting to use and the reason, where there is one to give."
     asked, weight = candidate.normalize, f"weight {candidate.weight:g}"
     if sibling: return DEFAULT_NORMALIZE[candidate.method] if asked is None else asked, ""
-    if asked: return True, CANCELS.format(verb="divides", so=f"{weight} has no effect, as asked for")
+    if asked: return True, CANCELS.format(verb="divides", so=f"it is kept as asked for, {weight} has no effect")
     used = f"normalize: false is used, and {weight} scales what density {candidate.density:g} keeps"
     return False, CANCELS.format(verb="would divide", so=used) if asked is None else ""
 
-# %% ../nbs/51_merge.ipynb #28927cfd
+# %% ../nbs/51_merge.ipynb #646eaeb6
 def recipe(candidate: Candidate, *, sibling: bool = False, dtype: str = "float32", seed: int = 0) -> Recipe:
     "mergekit's configuration of a candidate. `sibling`: the base is not the original. `seed`: DARE's."
     config = {"merge_method": candidate.method, **_models(candidate, sibling), "dtype": dtype}
@@ -84,7 +84,7 @@ def recipe(candidate: Candidate, *, sibling: bool = False, dtype: str = "float32
     note = f"{note} Its mask is drawn with seed {seed}; another seed gives another model.".strip()
     return Recipe(candidate.name, config, settings, seed, note)
 
-# %% ../nbs/51_merge.ipynb #27b39195
+# %% ../nbs/51_merge.ipynb #70d6347f
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 def common_dtype(folders: Iterable[Path]) -> str:
@@ -110,7 +110,7 @@ def check_mergeable(models: Mapping[str, Path]) -> None:
             raise UserError(f"{folder}: is both the original and the {name} model: there is nothing to merge")
         _compare(Weights(folder).shapes, wanted, f"{name} model {folder}")
 
-# %% ../nbs/51_merge.ipynb #97fcabf1
+# %% ../nbs/51_merge.ipynb #77b4248a
 CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
            "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "additional_chat_templates",
            "LICENSE*", "NOTICE*")
@@ -125,7 +125,7 @@ def carry_over(original: Path, folder: Path, dtype: str) -> None:
         config.pop("torch_dtype", None)
         write_json(folder / "config.json", config | {"dtype": dtype})
 
-# %% ../nbs/51_merge.ipynb #c11dad57
+# %% ../nbs/51_merge.ipynb #270fbde4
 TALK = [{"role": "user", "content": "What is revenue?"},
         {"role": "assistant", "content": "Income from sales."}]
 
@@ -134,7 +134,7 @@ def rendered(folder: Path) -> str | None:
     tokenizer = load_tokenizer(folder)
     return tokenizer.apply_chat_template(TALK, tokenize=False) if tokenizer.chat_template else None
 
-# %% ../nbs/51_merge.ipynb #3facac74
+# %% ../nbs/51_merge.ipynb #a32c46ee
 def check_merged(folder: Path, original: Path, dtype: str) -> str:
     """Raise `UserError` unless the merge is finite, has the original's tensors in `dtype` and its template.
     Gives a sentence where the merge is the original again, else nothing."""
@@ -149,7 +149,7 @@ def check_merged(folder: Path, original: Path, dtype: str) -> str:
     if not all(torch.equal(t, source[k].to(t.dtype)) for k, t in merged.items()): return ""
     return "Every weight equals the original's: what the merge adds is nothing or lost to rounding."
 
-# %% ../nbs/51_merge.ipynb #7d6c4ffa
+# %% ../nbs/51_merge.ipynb #2fb0cc35
 SHARD_BYTES = 2_000_000_000
 
 def _located(config: dict, models: Mapping[str, Path]) -> MergeConfiguration:

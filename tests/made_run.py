@@ -1,7 +1,7 @@
 """A finished run made up for the tests: invented numbers under the contract's columns, never a result.
 
-`make(root)` writes the folders of stages 1 to 5 and their executed notebooks, whose tables and figures are drawn by
-the cells of the real stage notebooks.
+`make(root)` writes the folders of stages 1 to 5 and their executed notebooks, whose tables and figures are
+drawn by the cells of the real stage notebooks.
 """
 import ast, atexit, functools, gzip, json, shutil, tempfile
 from pathlib import Path
@@ -13,34 +13,45 @@ from IPython.core.formatters import DisplayFormatter
 from domain_adapt.params import Params, validate
 from domain_adapt.runs import ROOT, STAGES, write_csv, write_json, write_text
 
+SECRET = str(Path.home() / "secret-place")
 NASTY = "<script>document.title='owned'</script> & $x$ `code` *bold* <img src=x onerror=alert(1)>"
-MERGES = {"linear-0.3": .5, "linear-0.5": .8, "linear-0.7": .93, "slerp-0.5": .79, "ties": .85, "dare-ties": .82}
+MERGES = {"linear-0.3": .5, "linear-0.5": .8, "linear-0.7": .93, "slerp-0.5": .79, "ties": .85,
+          "dare-ties": .82}
 KINDS = {"sec": "domain", "wiki": "general", "news": "general"}
 VARIANTS = ["original", "cpt@20", "cpt", *(f"merge:{m}" for m in MERGES)]
 KEPT = ["merge:linear-0.7", "merge:linear-0.5"]
-TASKS = {"hellaswag": ("acc_norm", .46), "arc_easy": ("acc_norm", .5), "piqa": ("acc_norm", .68), "boolq": ("acc", .58),
-         "mmlu_professional_accounting": ("acc", .26), "mmlu_management": ("acc", .31), "mmlu_marketing": ("acc", .36),
+TASKS = {"hellaswag": ("acc_norm", .46), "arc_easy": ("acc_norm", .5), "piqa": ("acc_norm", .68),
+         "boolq": ("acc", .58),
+         "mmlu_professional_accounting": ("acc", .26), "mmlu_management": ("acc", .31),
+         "mmlu_marketing": ("acc", .36),
          "mmlu_econometrics": ("acc", .24)}
 
 
 def params(title: str = "A made-up run") -> Params:
     candidates = [dict(name=m, method="linear", weight=.5) for m in MERGES]
-    corpora = {c: dict(kind=k, source="sec" if c == "sec" else "general", path=str(Path.home() / "secret-place" / c), heldout=.5) for c, k in KINDS.items()}
-    return validate(dict(run="made", model="smollm2-135m-instruct", corpora=corpora, merge=dict(candidates=candidates), report=dict(title=title)))
+    corpora = {c: dict(kind=k, source="sec" if c == "sec" else "general",
+                       path=f"{SECRET}/{c}", heldout=.5) for c, k in KINDS.items()}
+    return validate(dict(run="made", model="smollm2-135m-instruct", corpora=corpora,
+                         merge=dict(candidates=candidates), report=dict(title=title)))
 
 
 def blocks(rng: np.random.Generator) -> pd.DataFrame:
-    "Rows for one filing, thirty articles and sixty news items; merges bend the straight line between original and CPT."
+    "One filing, thirty articles and sixty news items; merges bend the line between original and CPT."
     def bits(variant: str, corpus: str) -> float:
-        t = {"original": 0, "cpt@20": .7, "cpt": 1}.get(variant, MERGES.get(variant.removeprefix("merge:"), 0))
-        start, change, bend = {"sec": (1.02, -.12, -.03), "wiki": (.95, .028, -.05), "news": (1.06, .005, -.045)}[corpus]
-        return start + change * t + bend * t * (1 - t) * variant.startswith("merge:") * (1.5 if "ties" not in variant else .4)
+        t = {"original": 0, "cpt@20": .7, "cpt": 1}.get(variant, MERGES.get(variant.removeprefix("merge:"),
+                                                                            0))
+        start, change, bend = {"sec": (1.02, -.12, -.03), "wiki": (.95, .028, -.05),
+                               "news": (1.06, .005, -.045)}[corpus]
+        bend *= variant.startswith("merge:") * (.4 if "ties" in variant else 1.5)
+        return start + change * t + bend * t * (1 - t)
     rows = []
     for corpus, (documents, per) in {"sec": (1, 16), "wiki": (30, 1), "news": (60, 1)}.items():
         for i in range(documents * per):
             level, size = rng.normal(0, .08), int(rng.integers(3500, 4500))
-            rows += [dict(variant=v, corpus=corpus, kind=KINDS[corpus], half="report" if i % 2 else "select", document=i // per, block=i % per,
-                          tokens=1024, bytes=size, words=size // 6, nll=size * np.log(2) * (bits(v, corpus) + level + rng.normal(0, .004)))
+            rows += [dict(variant=v, corpus=corpus, kind=KINDS[corpus], half="report" if i % 2 else "select",
+                          document=i // per, block=i % per,
+                          tokens=1024, bytes=size, words=size // 6, nll=size * np.log(2)
+                          * (bits(v, corpus) + level + rng.normal(0, .004)))
                      for v in VARIANTS]
     return pd.DataFrame(rows)
 
@@ -51,9 +62,12 @@ def perplexity(b: pd.DataFrame) -> pd.DataFrame:
         for half in ("select", "report", "all"):
             x = all_halves if half == "all" else all_halves[all_halves["half"] == half]
             bits = x["nll"].sum() / x["bytes"].sum() / np.log(2)
-            rows.append(dict(variant=v, tokens_seen=81920, corpus=c, kind=k, half=half, documents=x["document"].nunique(), blocks=len(x),
-                             tokens=x["tokens"].sum(), bytes=x["bytes"].sum(), token_perplexity=np.exp(x["nll"].sum() / x["tokens"].sum()),
-                             word_perplexity=np.exp(x["nll"].sum() / x["words"].sum()), byte_perplexity=2 ** bits, bits_per_byte=bits,
+            rows.append(dict(variant=v, tokens_seen=81920, corpus=c, kind=k, half=half,
+                             documents=x["document"].nunique(), blocks=len(x),
+                             tokens=x["tokens"].sum(), bytes=x["bytes"].sum(),
+                             token_perplexity=np.exp(x["nll"].sum() / x["tokens"].sum()),
+                             word_perplexity=np.exp(x["nll"].sum() / x["words"].sum()),
+                             byte_perplexity=2 ** bits, bits_per_byte=bits,
                              ci_low=bits - .02, ci_high=bits + .02, dtype="bf16"))
     return pd.DataFrame(rows)
 
@@ -64,59 +78,81 @@ def benchmarks(rng: np.random.Generator) -> pd.DataFrame:
         for task, (metric, value) in TASKS.items():
             x = np.clip(value + rng.normal(0, .02), 0, 1).round(2)
             e = (x * (1 - x) / 100) ** .5
-            rows.append(dict(variant=v, suite="quick", task=task, metric=metric, value=x, stderr=e, ci_low=x - 1.96 * e, ci_high=x + 1.96 * e,
+            rows.append(dict(variant=v, suite="quick", task=task, metric=metric, value=x, stderr=e,
+                             ci_low=x - 1.96 * e, ci_high=x + 1.96 * e,
                              n=100, fewshot=0, chat_template=False, dtype="bf16", seed=0))
     return pd.DataFrame(rows)
 
 
 def comparisons(scores: pd.DataFrame) -> pd.DataFrame:
     start = scores[scores["variant"] == "original"].set_index("task")["value"]
-    return pd.DataFrame([dict(variant=r["variant"], against="original", measure=f"{r['task']}/{r['metric']}", difference=r["value"] - start[r["task"]],
-                              ci_low=r["value"] - start[r["task"]] - .06, ci_high=r["value"] - start[r["task"]] + .06, p=.4, q=.8,
-                              smallest_detectable=.09, verdict="cannot tell") for _, r in scores[scores["variant"] != "original"].iterrows()])
+    return pd.DataFrame([dict(variant=r["variant"], against="original", measure=f"{r['task']}/{r['metric']}",
+                              difference=r["value"] - start[r["task"]],
+                              ci_low=r["value"] - start[r["task"]] - .06,
+                              ci_high=r["value"] - start[r["task"]] + .06, p=.4, q=.8,
+                              smallest_detectable=.09, verdict="cannot tell") for _,
+                         r in scores[scores["variant"] != "original"].iterrows()])
 
 
 def _ingest(folder: Path) -> None:
-    rows = [("sec", "read", 3, 5_500_000), ("sec", "extracted", 3, 912_000), ("sec", "long enough", 3, 912_000), ("sec", "not repeated", 3, 911_000),
-            ("wiki", "read", 106, 3_110_000), ("wiki", "extracted", 106, 2_700_000), ("wiki", "long enough", 98, 2_650_000), ("wiki", "not repeated", 97, 2_640_000),
-            ("news", "read", 300, 380_000), ("news", "extracted", 300, 379_000), ("news", "long enough", 296, 378_000), ("news", "not repeated", 295, 377_000)]
-    write_csv(folder / "funnel.csv", pd.DataFrame(rows, columns=["corpus", "step", "documents", "characters"]))
+    rows = [("sec", "read", 3, 5_500_000), ("sec", "extracted", 3, 912_000),
+            ("sec", "long enough", 3, 912_000), ("sec", "not repeated", 3, 911_000),
+            ("wiki", "read", 106, 3_110_000), ("wiki", "extracted", 106, 2_700_000),
+            ("wiki", "long enough", 98, 2_650_000), ("wiki", "not repeated", 97, 2_640_000),
+            ("news", "read", 300, 380_000), ("news", "extracted", 300, 379_000), ("news", "long enough", 296,
+                                                                                  378_000),
+            ("news", "not repeated", 295, 377_000)]
+    write_csv(folder / "funnel.csv", pd.DataFrame(rows, columns=["corpus", "step", "documents",
+                                                                 "characters"]))
     for corpus in KINDS:
         path = folder / "documents" / corpus / "00000.jsonl.gz"
         path.parent.mkdir(parents=True)
-        with gzip.open(path, "wt") as f: f.write(json.dumps(dict(id=f"{corpus}/1", text=f"# A document\n\n{NASTY} " * 20, metadata={})) + "\n")
+        with gzip.open(path, "wt") as f: f.write(json.dumps(dict(id=f"{corpus}/1",
+                                                                 text=f"# A document\n\n{NASTY} " * 20,
+                                                                 metadata={})) + "\n")
 
 
 def _train(folder: Path, rng: np.random.Generator) -> None:
     lines = []
     for step in range(41):
         row = dict(step=step, tokens=step * 2048)
-        if step: row |= dict(loss=2.9 - .5 * step / 40 + rng.normal(0, .12), lr=2e-4 * min(step / 5, .1 + .45 * (1 + np.cos(np.pi * max(step - 5, 0) / 35))),
+        if step: row |= dict(loss=2.9 - .5 * step / 40 + rng.normal(0, .12),
+                             lr=2e-4 * min(step / 5, .1 + .45 * (1 + np.cos(np.pi * max(step - 5, 0) / 35))),
                              grad_norm=1.5, tokens_per_second=300.)
-        if step % 10 == 0: row |= {"heldout/sec": 2.88 - .3 * step / 40, "heldout/wiki": 3.02 + .05 * step / 40, "heldout/news": 3.4 + .01 * step / 40}
+        if step % 10 == 0: row |= {"heldout/sec": 2.88 - .3 * step / 40, "heldout/wiki": 3.02 + .05
+                                   * step / 40, "heldout/news": 3.4 + .01 * step / 40}
         lines.append(json.dumps(row))
     write_text(folder / "metrics.jsonl", "\n".join(lines) + "\n")
-    write_json(folder / "info.json", dict(precision="bf16", parameters=134_515_008, where=f"{ROOT}/outputs/x"))
+    write_json(folder / "info.json", dict(precision="bf16", parameters=134_515_008,
+                                          where=f"{ROOT}/outputs/x"))
 
 
 def _merge(folder: Path, scores: pd.DataFrame) -> None:
-    bits = scores[scores["half"] == "select"].pivot_table(index="variant", columns="kind", values="bits_per_byte", sort=False)
-    rows = [dict(name=v.removeprefix("merge:"), method=v.removeprefix("merge:").split("-0")[0] if ":" in v else "none",
-                 parameters=json.dumps({"weight": .5} if ":" in v else {}), domain_bits_per_byte=r["domain"], general_bits_per_byte=r["general"],
-                 retention=.9 if ":" in v else None, recovery=1.1 if ":" in v else None, on_front=v in ("cpt", *KEPT)) for v, r in bits.iterrows() if "@" not in v]
+    bits = scores[scores["half"] == "select"].pivot_table(index="variant", columns="kind",
+                                                          values="bits_per_byte", sort=False)
+    rows = [dict(name=v.removeprefix("merge:"), method=v.removeprefix("merge:").split("-0")[0] if ":" in v
+                 else "none",
+                 parameters=json.dumps({"weight": .5} if ":" in v else {}), domain_bits_per_byte=r["domain"],
+                 general_bits_per_byte=r["general"],
+                 retention=.9 if ":" in v else None, recovery=1.1 if ":" in v else None,
+                 on_front=v in ("cpt", *KEPT)) for v, r in bits.iterrows() if "@" not in v]
     write_csv(folder / "sweep.csv", pd.DataFrame(rows))
     write_csv(folder / "geometry.csv", pd.DataFrame([
-        dict(module=f"layers.{i}.{k}", layer=i, kind=k, parameters=1000, weight_norm=10., task_vector_norm=10 * x * (1 + i / 60),
-             relative_norm=x * (1 + i / 60), cosine_of_weights=1 - x ** 2 / 2) for i in range(30) for k, x in (("attention", .031), ("mlp", .027), ("other", .004))]))
+        dict(module=f"layers.{i}.{k}", layer=i, kind=k, parameters=1000, weight_norm=10., task_vector_norm=10
+             * x * (1 + i / 60),
+             relative_norm=x * (1 + i / 60), cosine_of_weights=1 - x ** 2 / 2) for i in range(30) for k,
+                                                     x in (("attention", .031), ("mlp", .027),
+                                                           ("other", .004))]))
     write_json(folder / "selection.json", dict(
-        order=[k.removeprefix("merge:") for k in KEPT], kept=[k.removeprefix("merge:") for k in KEPT], winner=KEPT[0].removeprefix("merge:"),
-        rule="Among merges that forget at most 0.005 bits per byte of general text, the one that keeps most of the domain gain.",
+        order=[k.removeprefix("merge:") for k in KEPT], kept=[k.removeprefix("merge:") for k in KEPT],
+                                               winner=KEPT[0].removeprefix("merge:"),
+        rule="Among merges that forget at most 0.005 bits per byte, the one that keeps most of the gain.",
         outcome="linear-0.7 keeps most of the gain among the merges that qualify.",
-        notes={"ties": f"normalize was set to false: with one model that differs from the base, normalisation divides the weight out again. {NASTY}"}))
+        notes={"ties": f"normalize is false: with one model it divides the weight out. {NASTY}"}))
 
 
 def notebook(path: Path, stage) -> nbformat.NotebookNode:
-    "A stage's notebook with the outputs that its table and figure cells give; the cells that work are left as they are."
+    "A stage's notebook with the outputs of its table and figure cells; the cells that work are left alone."
     book, show, scope = nbformat.read(path, 4), DisplayFormatter(), {"stage": stage}
     for n, cell in enumerate(c for c in book.cells if c.cell_type == "code"):
         tags = cell.metadata.get("tags", [])
@@ -128,14 +164,17 @@ def notebook(path: Path, stage) -> nbformat.NotebookNode:
         value = eval(compile(ast.Expression(last.value), str(path), "eval"), scope) if last else None
         if value is not None:
             data, metadata = show.format(value)
-            cell.outputs = [nbformat.v4.new_output("execute_result", data, metadata=metadata, execution_count=n)]
+            cell.outputs = [nbformat.v4.new_output("execute_result", data, metadata=metadata,
+                                                   execution_count=n)]
     for i, c in enumerate(book.cells):
         if "work" in c.metadata.get("tags", []):
-            c.outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"reading {ROOT}/outputs/x\n{NASTY}\n"),
+            c.outputs = [nbformat.v4.new_output("stream", name="stdout",
+                                                text=f"reading {ROOT}/outputs/x\n{NASTY}\n"),
                          nbformat.v4.new_output("stream", name="stderr", text="a warning nobody needs\n")]
         if "parameters" in c.metadata.get("tags", []):
             where = i + 1
-    injected = nbformat.v4.new_code_cell(f'run = "made"\ncorpora = {{"sec": {{"path": "{Path.home()}/secret-place/sec"}}}}', metadata={"tags": ["injected-parameters"]})
+    injected = nbformat.v4.new_code_cell(f'run = "made"\ncorpora = {{"sec": {{"path": "{SECRET}/sec"}}}}',
+                                         metadata={"tags": ["injected-parameters"]})
     book.cells.insert(where, injected)
     return book
 
@@ -143,20 +182,27 @@ def notebook(path: Path, stage) -> nbformat.NotebookNode:
 def make(root: Path, title: str = "A made-up run") -> tuple[Params, dict[str, Path]]:
     "Folders of a finished run below `root`, all but the report."
     p, rng = params(title), np.random.default_rng(0)
-    folders = {s: root / f"{i}_{s}" for i, s in enumerate(STAGES, 1)} | {"run": root, "notebooks": root / "notebooks"}
+    folders = {s: root / f"{i}_{s}" for i, s in enumerate(STAGES, 1)} | {"run": root,
+                                                                         "notebooks": root / "notebooks"}
     del folders["report"]
     b, scores = blocks(rng), benchmarks(rng)
     found = perplexity(b)
     _ingest(folders["ingest"])
-    mixture = pd.DataFrame([dict(corpus="sec", asked=.95, documents=2, tokens=77_824, share=.95), dict(corpus="wiki", asked=.05, documents=91, tokens=4_096, share=.05)])
+    mixture = pd.DataFrame([dict(corpus="sec", asked=.95, documents=2, tokens=77_824, share=.95),
+                            dict(corpus="wiki", asked=.05, documents=91, tokens=4_096, share=.05)])
     for s in ("tokens", "train"): write_csv(folders[s] / "mixture.csv", mixture)
+    splits = pd.DataFrame([dict(corpus=c, split=s, documents=d, tokens=d * 1000) for c in KINDS for s,
+                           d in (("train", 2), ("heldout", 1))])
+    write_csv(folders["tokens"] / "splits.csv", splits)
     _train(folders["train"], rng)
     _merge(folders["merge"], found)
-    for name, table in dict(blocks=b, perplexity=found, benchmarks=scores, comparisons=comparisons(scores)).items():
+    for name, table in dict(blocks=b, perplexity=found, benchmarks=scores,
+                            comparisons=comparisons(scores)).items():
         write_csv(folders["evaluate"] / f"{name}.csv", table)
     for i, s in enumerate(STAGES[:-1], 1):
         stage = SimpleNamespace(folder=folders[s], folders=folders, params=p)
-        write_text(folders["notebooks"] / f"{i}_{s}.ipynb", nbformat.writes(notebook(ROOT / "nbs" / "stages" / f"{i}_{s}.ipynb", stage)))
+        write_text(folders["notebooks"] / f"{i}_{s}.ipynb",
+                   nbformat.writes(notebook(ROOT / "nbs" / "stages" / f"{i}_{s}.ipynb", stage)))
     return p, folders
 
 

@@ -21,14 +21,17 @@ def tradeoff(n: int, seed: int) -> pd.DataFrame:
     "A cloud of `n` merges around original and CPT, as crowded as sweeps get."
     g = np.random.default_rng(seed)
     gain, lost = np.r_[0, 11, g.uniform(8, 11, n)], np.r_[0, 1.7, g.uniform(-.5, 1.7, n)]
-    t = pd.DataFrame(dict(variant=["original", "cpt", *(f"merge:candidate-{i}" for i in range(n))], gain=gain, gain_low=gain - .3,
-                          gain_high=gain + .3, forgetting=lost, forgetting_low=lost - .1, forgetting_high=lost + .1))
+    t = pd.DataFrame(dict(variant=["original", "cpt", *(f"merge:candidate-{i}" for i in range(n))],
+                          gain=gain, gain_low=gain - .3,
+                          gain_high=gain + .3, forgetting=lost, forgetting_low=lost - .1,
+                          forgetting_high=lost + .1))
     return t.assign(on_front=figures.front(t["gain"], t["forgetting"]))
 
 
 @pytest.mark.equality
 @pytest.mark.parametrize("draw", [
-    lambda w: figures.tradeoff(tradeoff(6, 0), width=w), lambda w: figures.perplexity(PERPLEXITY, "general", width=w),
+    lambda w: figures.tradeoff(tradeoff(6, 0), width=w), lambda w: figures.perplexity(PERPLEXITY, "general",
+                                                                                      width=w),
     lambda w: figures.benchmarks(SCORES, width=w)], ids=["tradeoff", "perplexity", "benchmarks"])
 def test_the_same_table_gives_the_same_file(draw):
     assert figures.svg(draw(7.4)) == figures.svg(draw(7.4)) != figures.svg(draw(3.8))
@@ -36,7 +39,8 @@ def test_the_same_table_gives_the_same_file(draw):
 
 def test_marks_lie_where_the_table_says():
     t = tradeoff(4, 0)
-    drawn = {(x, y) for line in figures.tradeoff(t).axes[0].lines for x, y in zip(*line.get_data()) if line.get_marker() != "None"}
+    drawn = {(x, y) for line in figures.tradeoff(t).axes[0].lines for x, y in zip(*line.get_data())
+             if line.get_marker() != "None"}
     assert drawn == set(zip(t["forgetting"], t["gain"]))
 
 
@@ -44,7 +48,8 @@ def test_perplexity_shows_the_reported_half_and_its_intervals():
     t = PERPLEXITY.query("kind == 'domain' and half == 'report'").set_index("variant")
     lines = figures.perplexity(PERPLEXITY, "domain").axes[0].lines
     marks = [line.get_xdata()[0] for line in lines if line.get_marker() != "None"]
-    bars = [tuple(line.get_xdata()) for line in lines if line.get_marker() == "None" and len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2]
+    bars = [tuple(line.get_xdata()) for line in lines if line.get_marker() == "None"
+            and len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2]
     order = figures.in_order(t.index)
     assert marks == [t.loc[v, "bits_per_byte"] for v in order]
     assert set(bars) >= {(t.loc[v, "ci_low"], t.loc[v, "ci_high"]) for v in order}
@@ -70,7 +75,8 @@ def test_spread_keeps_order_and_distance(wanted, gap):
     placed = figures.spread(wanted, gap)
     order = np.argsort(wanted, kind="stable")
     assert (np.diff(placed[order]) >= gap - 1e-6).all()
-    if len(wanted) and (np.diff(np.asarray(wanted)[order]) >= gap).all(): np.testing.assert_allclose(placed, wanted, atol=1e-6)
+    if (np.diff(np.asarray(wanted)[order]) >= gap).all(): np.testing.assert_allclose(placed, wanted,
+                                                                                     atol=1e-6)
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=12))
@@ -105,7 +111,9 @@ def test_families_differ_for_colour_blind_eyes(eye):
     "Original, base, CPT and merge stay apart in Lab; the two CPT tones differ by open and filled marks."
     def seen(colour):
         linear = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]) ** 2.2
-        x, y, z = (np.array([[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]]) @ np.clip(np.array(SEEN_BY[eye]) @ linear, 0, 1)) / [.9505, 1, 1.089]
+        x, y, z = (np.array([[.4124, .3576, .1805], [.2126, .7152, .0722],
+                             [.0193, .1192, .9505]]) @ np.clip(np.array(SEEN_BY[eye]) @ linear, 0,
+                                                               1)) / [.9505, 1, 1.089]
         f = np.cbrt([x, y, z])
         return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
     tones = [seen(figures.FAMILIES[f]) for f in ("original", "base", "cpt", "merge:")]
@@ -118,7 +126,8 @@ def test_text_of_a_table_cannot_become_markup():
         assert "<script" not in page and "<img" not in page and page.count("<td") == 1
 
 
-@pytest.mark.parametrize("draw", [figures.funnel, figures.loss, figures.mixture, lambda t: figures.perplexity(t, "domain"), figures.benchmarks,
+@pytest.mark.parametrize("draw", [figures.funnel, figures.loss, figures.mixture,
+                                  lambda t: figures.perplexity(t, "domain"), figures.benchmarks,
                                   figures.tradeoff, figures.sweep, figures.geometry])
 def test_an_empty_table_says_that_it_is_empty(draw):
     assert "the table is empty" in figures.svg(draw(pd.DataFrame()))
@@ -131,5 +140,6 @@ def test_drawing_leaves_matplotlib_as_it_was():
 
 
 def test_importing_figures_is_light():
-    code = "import sys, domain_adapt.figures, domain_adapt.report; print([m for m in ('torch', 'transformers', 'matplotlib.pyplot', 'sphinx') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = "import sys, domain_adapt.figures, domain_adapt.report; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "matplotlib.pyplot", "sphinx"} & set(done.stdout.split())

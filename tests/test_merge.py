@@ -236,10 +236,10 @@ class TestStopped:
     @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
     def test_what_bears_a_name_is_whole(self, models, tmp_path, sign):
         with self.start(models, tmp_path) as process:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while not (tmp_path / "m1").exists() and time.monotonic() < deadline: time.sleep(0.01)
             process.send_signal(sign)
-            process.communicate(timeout=60)
+            process.communicate(timeout=120)
         named = [f for f in tmp_path.iterdir() if not f.name.startswith(".")]
         assert len(named) >= 2 and process.returncode
         for f in named: assert check_merged(f, models["original"], "float32") == ""
@@ -248,7 +248,7 @@ class TestStopped:
 
     def test_a_full_disk_is_named_and_leaves_nothing(self, models, tmp_path):
         size = (models["original"] / "model.safetensors").stat().st_size
-        with self.start(models, tmp_path, size // 2) as process: said = process.communicate(timeout=120)[1]
+        with self.start(models, tmp_path, size // 2) as process: said = process.communicate(timeout=300)[1]
         assert f"UserError: {tmp_path / 'm0'}: merge m0 could not be written" in said
         assert "File too large" in said
         assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ __all__ = ['UNSEEN', 'BLOCKS', 'HEADINGS', 'ARCHIVES', 'SUFFIXES', 'Unreadable',
            'line_markdown', 'own_markdown', 'prose', 'Rendered', 'to_markdown', 'facts', 'iso_date', 'about',
            'read_filing', 'documents']
 
-# %% ../../nbs/10_sec.ipynb #d31b5f91
+# %% ../../nbs/10_sec.ipynb #08f06cd4
 import datetime, html, re
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ import dateutil.parser, trafilatura
 from datatrove.data import Document
 from lxml import etree
 
-# %% ../../nbs/10_sec.ipynb #14acb490
+# %% ../../nbs/10_sec.ipynb #e7676937
 class Unreadable(ValueError):
     "An input that is no document we can read; the message is the reason under which it is dropped."
 
@@ -29,11 +29,11 @@ def decode(data: bytes) -> str:
     try: return data.decode("utf-8-sig")
     except UnicodeDecodeError: return data.decode("cp1252", errors="replace")
 
-# %% ../../nbs/10_sec.ipynb #180c1646
+# %% ../../nbs/10_sec.ipynb #018abeda
 _submission = re.compile(r"<SEC-DOCUMENT>|<SUBMISSION>|<IMS-DOCUMENT>|-----BEGIN PRIVACY-ENHANCED", re.I)
 _envelope = re.compile(r"\s*<DOCUMENT>.*?<TEXT>", re.I | re.S)
 _outer = re.compile(r"</(?:body|html)\s*>|</?XBRL>|<\?xml[^>]*\?>|\x00", re.I)
-_any_html = re.compile(r"<(?:html|body|div|p|table|span|font)\b", re.I)
+_any_html = re.compile(r"<(?:html|body|div|p|pre|span|font|ul|ol|h\d|t[rd])\b", re.I)
 
 def parse(page: str) -> etree._Element:
     "The tree of one HTML document. Raises `Unreadable` for full submissions and for what holds no HTML."
@@ -42,9 +42,10 @@ def parse(page: str) -> etree._Element:
     if envelope := _envelope.match(page): page = page[envelope.end():]
     if not _any_html.search(page[:20000]): raise Unreadable("not HTML")
     parser = etree.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True, encoding="utf-8")
-    return etree.fromstring(_outer.sub("", page).encode(), parser)
+    try: return etree.fromstring(_outer.sub("", page).encode(errors="replace"), parser)
+    except etree.XMLSyntaxError as e: raise Unreadable(f"not HTML: {e}") from None
 
-# %% ../../nbs/10_sec.ipynb #56d6d7f4
+# %% ../../nbs/10_sec.ipynb #b68b4035
 @dataclass(frozen=True)
 class Style:
     "What of an element's CSS matters here; `bold` is None where it says nothing."
@@ -63,18 +64,18 @@ def style(css: str) -> Style:
                  breaks=bool(re.search(r"break-(?:before|after)\s*:\s*(?:always|page)", css)),
                  gap=bool(re.search(r"padding-left\s*:\s*[1-9]", css)))
 
-# %% ../../nbs/10_sec.ipynb #04dfa114
+# %% ../../nbs/10_sec.ipynb #b726500d
 UNSEEN = {"ix:header", "script", "style", "head", "title", "noscript", "template"}
-BLOCKS = set("address article aside blockquote body center dd div dl dt fieldset figure footer form "
-             "h1 h2 h3 h4 h5 h6 header hr html li main nav ol p pre section table tbody td tfoot th thead tr ul "
-             "document type text".split())
+BLOCKS = set("address article aside blockquote body center dd div dl document dt fieldset figure footer form "
+             "h1 h2 h3 h4 h5 h6 header hr html li main nav ol p pre section table tbody td text tfoot th "
+             "thead tr type ul".split())
 HEADINGS = {f"h{n}" for n in range(1, 7)}
 
 def hidden(el: etree._Element) -> bool:
     "Whether a browser shows nothing of `el`."
     return el.tag in UNSEEN or "hidden" in el.attrib or style(el.get("style", "")).hidden
 
-# %% ../../nbs/10_sec.ipynb #779e220f
+# %% ../../nbs/10_sec.ipynb #36471e6e
 _unprinted = str.maketrans("", "", "\u200b\u200c\u200d\u2060\ufeff\u00ad")
 
 def visible_text(page: str | etree._Element) -> str:
@@ -88,7 +89,7 @@ def visible_text(page: str | etree._Element) -> str:
         else: parts += [edge, el.text or ""]
     return "".join(parts).translate(_unprinted)
 
-# %% ../../nbs/10_sec.ipynb #82ca4dfa
+# %% ../../nbs/10_sec.ipynb #6ff8427d
 _figure = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
 
 def figures(text: str) -> Counter:
@@ -108,7 +109,7 @@ def fidelity(truth: str, text: str, furniture: str = "") -> Fidelity:
     body = seen - figures(furniture)
     return Fidelity(body.total(), (body & given).total(), (given - seen).total())
 
-# %% ../../nbs/10_sec.ipynb #afc1e358
+# %% ../../nbs/10_sec.ipynb #266f9489
 @dataclass
 class Line:
     "A paragraph (`text`), a table (`rows`) or a page break (`page`)."
@@ -124,7 +125,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"[^\S\n]+", " ", text.translate(_unprinted))
     return _sign_gap.sub("", re.sub(r" *\n\s*", "\n", text)).strip()
 
-# %% ../../nbs/10_sec.ipynb #f4ba8b2f
+# %% ../../nbs/10_sec.ipynb #d56c0135
 class _Collector:
     "Collects pieces of text into lines."
     def __init__(self): self.lines, self.parts, self.bold, self.plain = [], [], False, False
@@ -140,13 +141,14 @@ class _Collector:
         if text := tidy("".join(self.parts)): self.lines.append(Line(text, bold=self.bold and not self.plain))
         self.parts, self.bold, self.plain = [], False, False
 
-# %% ../../nbs/10_sec.ipynb #ce952423
+# %% ../../nbs/10_sec.ipynb #fac4d26a
 def lines(root: etree._Element) -> list[Line]:
     "The lines, tables and page breaks below `root`, in order."
     out, bold, pre = _Collector(), [False], 0
     walk = etree.iterwalk(root, events=("start", "end"))
     for event, el in walk:
         tag, css, seen = el.tag, style(el.get("style", "")), not hidden(el)
+        apart = tag in ("sup", "sub")
         if event == "start":
             says = css.bold if css.bold is not None else tag in ("b", "strong", *HEADINGS) or None
             bold.append(bold[-1] if says is None else says)
@@ -156,19 +158,19 @@ def lines(root: etree._Element) -> list[Line]:
             out.lines += table or []
             if not seen or table is not None: walk.skip_subtree(); continue
             if tag == "br": out.add("\n", False, kept=True)
-            elif tag in ("sup", "sub") or css.gap and out.parts: out.add(" ", False)
+            elif apart or css.gap and not "".join(el.itertext())[:1].isdigit(): out.add(" ", False)
             pre += tag == "pre"
             out.add(el.text, bold[-1], kept=pre > 0)
         else:
             bold.pop()
             pre -= seen and tag == "pre"
             if seen and tag in BLOCKS: out.end()
-            elif tag in ("sup", "sub"): out.add(" ", False)
+            elif apart: out.add(" ", False)
             if el is not root: out.add(el.tail, bold[-1], kept=pre > 0)
     out.end()
     return out.lines
 
-# %% ../../nbs/10_sec.ipynb #0ce256b0
+# %% ../../nbs/10_sec.ipynb #5308d6a6
 @dataclass
 class Cell:
     "Text over the grid columns from `start` up to `end`."
@@ -195,7 +197,7 @@ def join_signs(row: list[Cell]) -> list[Cell]:
         else: out.append(cell)
     return out
 
-# %% ../../nbs/10_sec.ipynb #7a8c65c3
+# %% ../../nbs/10_sec.ipynb #a4054ec3
 def _span(el: etree._Element, name: str) -> int:
     "A colspan or rowspan as browsers take it."
     value = re.match(r"\s*(\d+)", given) if (given := el.get(name)) else None
@@ -223,7 +225,7 @@ def grid(table: etree._Element) -> list[list[Cell]]:
         rows.append(join_signs(row))
     return [r for r in rows if r]
 
-# %% ../../nbs/10_sec.ipynb #5c5894f7
+# %% ../../nbs/10_sec.ipynb #28f17fac
 def columns(rows: list[list[Cell]]) -> list[int]:
     "For each grid column the number of its printed column."
     width = max(c.end for r in rows for c in r)
@@ -249,12 +251,22 @@ def table_rows(table: etree._Element) -> list[list[str]]:
     used = sorted({g for r in placed for g in r})
     return [[r.get(g, "") for g in used] for r in placed]
 
-# %% ../../nbs/10_sec.ipynb #3880363d
+# %% ../../nbs/10_sec.ipynb #d435a056
 _marker = re.compile(r"[•●▪■◦‣○·*†‡–—-]|\(?(?:\d{1,2}|[a-z]|[ivx]+)[.)]|\*+", re.I)
 
+_holds = {"tr": {"td", "th"}} | dict.fromkeys(("table", "thead", "tbody", "tfoot"),
+                                              {"thead", "tbody", "tfoot", "tr", "col", "colgroup"})
+
+def _regular(table: etree._Element) -> bool:
+    "Whether everything in a table stands in the cells of its rows, and none holds a table."
+    for el in table.iter(*_holds):
+        if el.tag == "table" and el is not table or el.text and not el.text.isspace(): return False
+        if any(c.tag not in _holds[el.tag] or c.tail and not c.tail.isspace() for c in el): return False
+    return True
+
 def table_lines(table: etree._Element) -> list[Line] | None:
-    "What a table prints. None where it is only layout: it holds tables, or one column."
-    if table.find(".//table") is not None: return None
+    "What a table prints. None where it is only layout: irregular, or one column."
+    if not _regular(table): return None
     rows = table_rows(table)
     if rows and len(rows[0]) == 1: return None
     listed = all(len(r) == 2 and _marker.fullmatch(r[0]) for r in rows)
@@ -262,7 +274,7 @@ def table_lines(table: etree._Element) -> list[Line] | None:
     bold = all(line.bold for td in table.iter("td", "th") for line in lines(td))
     return [Line(" ".join(filter(None, r)), bold=bold) for r in rows]
 
-# %% ../../nbs/10_sec.ipynb #6c940b61
+# %% ../../nbs/10_sec.ipynb #165752e2
 _page_number = re.compile(r"(?:page\s*)?[-–—\s]*(?:[A-Z]{1,2}[-–])?\d{1,3}[-–—\s]*|[ivxl]{1,6}", re.I)
 _contents = re.compile(r"\b(?:table of contents|back to (?:top|contents))\b", re.I)
 _unit = re.compile(r"\b(?:in|of)\s+(?:\w+\s+){0,4}(?:thousands|millions|billions)\b|\bper[- ]share\b", re.I)
@@ -283,7 +295,7 @@ def _beside(found: list[Line], at: int, step: int) -> list[int]:
         out.append(i)
     return out
 
-# %% ../../nbs/10_sec.ipynb #389b45c7
+# %% ../../nbs/10_sec.ipynb #bed1d587
 def _running(found: list[Line], breaks: list[int]) -> set[str]:
     "Masks of the lines that stand at the same distance from a fifth of the page breaks, three at least."
     spots = [(i, abs(i - at)) for at in breaks for step in (-1, 1) for i in _beside(found, at, step)]
@@ -305,7 +317,9 @@ def _serves_a_table(found: list[Line], i: int) -> bool:
 
 def furniture(found: list[Line]) -> set[int]:
     "Indices of the lines that belong to the page and not to the text."
-    breaks = [-1, *(i for i, x in enumerate(found) if x.page), len(found)]
+    breaks = [i for i, x in enumerate(found) if x.page]
+    if not breaks: return set()
+    breaks = [-1, *breaks, len(found)]
     running, counting = _running(found, breaks), _counting(found, breaks)
     out: set[int] = set()
     for at, step in [(at, step) for at in breaks for step in (-1, 1)]:
@@ -318,12 +332,13 @@ def furniture(found: list[Line]) -> set[int]:
             out.add(i)
     return out
 
-# %% ../../nbs/10_sec.ipynb #9df5cc77
+# %% ../../nbs/10_sec.ipynb #1ded9eb7
 _rule = re.compile(r"[\s_=–—-]{3,}")
 
 def _continued(last: Line, line: Line) -> Line | None:
     "The line that two make across a page break; None where they are two."
-    if line.rows and last.rows and len(line.rows[0]) == len(last.rows[0]): return Line(rows=last.rows + line.rows)
+    if last.rows and line.rows and len(last.rows[0]) == len(line.rows[0]):
+        return Line(rows=last.rows + line.rows)
     if last.rows or not re.match(r"[a-z]", line.text) or not re.search(r"[\w,]$", last.text): return None
     return Line(f"{last.text} {line.text}", bold=last.bold and line.bold)
 
@@ -338,7 +353,7 @@ def body(found: list[Line]) -> tuple[list[Line], list[str]]:
         turned = False
     return out, [_flat(found[i]) for i in sorted(apart)]
 
-# %% ../../nbs/10_sec.ipynb #521eb0eb
+# %% ../../nbs/10_sec.ipynb #b8507fff
 _part = re.compile(r"part\s+[iv]+\b", re.I)
 _item = re.compile(r"item\s+\d+[a-c]?\b", re.I)
 
@@ -353,7 +368,7 @@ def levels(text: list[Line]) -> list[int]:
     first = next((i for i, n in enumerate(out) if n in (1, 2)), 0)
     return [0] * first + out[first:]
 
-# %% ../../nbs/10_sec.ipynb #45770bba
+# %% ../../nbs/10_sec.ipynb #1395e47a
 _bullet = re.compile(r"[•●▪■◦‣○·]\s*")
 
 def table_markdown(rows: list[list[str]]) -> str:
@@ -371,7 +386,7 @@ def own_markdown(run: list[tuple[Line, int]]) -> str:
     "Our own Markdown of lines and their heading levels, lists without blank lines between their items."
     return re.sub(r"^(- .*)\n\n(?=- )", r"\1\n", "\n\n".join(line_markdown(*x) for x in run), flags=re.M)
 
-# %% ../../nbs/10_sec.ipynb #24cf187b
+# %% ../../nbs/10_sec.ipynb #e5a6f69c
 def _tag(line: Line, level: int) -> str:
     "The line as plain HTML."
     text = html.escape(line.text).replace("\n", "<br/>")
@@ -389,7 +404,7 @@ def prose(runs: list[list[tuple[Line, int]]]) -> dict[int, str]:
 
 def _words(text: str) -> list[str]: return re.findall(r"[\w.,$%()]+", text)
 
-# %% ../../nbs/10_sec.ipynb #02288499
+# %% ../../nbs/10_sec.ipynb #ba020989
 @dataclass(frozen=True)
 class Rendered:
     "A page as Markdown, its furniture, the runs of prose and how many fell back to our own rendering."
@@ -412,7 +427,7 @@ def to_markdown(page: str | etree._Element) -> Rendered:
     for n, markdown in faithful.items(): done[n] = markdown
     return Rendered("\n\n".join(filter(None, done)), apart, len(wanted), len(wanted) - len(faithful))
 
-# %% ../../nbs/10_sec.ipynb #620ffc56
+# %% ../../nbs/10_sec.ipynb #a3b7600b
 _type = re.compile(r"\s*<DOCUMENT>\s*<TYPE>\s*([^<\r\n]+)", re.I)
 _cover = re.compile(r"\bform\s+((?:10|8|6|20|40|11)-[KQFT][A-Z0-9]*(?:/A)?)", re.I)
 _accession = re.compile(r"(?<!\d)(\d{10})-?(\d{2})-?(\d{6})(?!\d)")
@@ -432,31 +447,33 @@ def iso_date(text: str) -> str:
     try: return dateutil.parser.parse(text, default=datetime.datetime(1, 1, 1)).date().isoformat()
     except (ValueError, OverflowError): return ""
 
-# %% ../../nbs/10_sec.ipynb #8c024c05
+# %% ../../nbs/10_sec.ipynb #74d6354a
 def about(name: str, page: str, text: str, dei: dict[str, str]) -> dict[str, str]:
-    "Metadata of the filing in file `name`: what its facts, envelope, cover and name say, empty where they do not."
+    "Metadata of the filing in file `name`: what facts, envelope, cover and name say, else empty."
     envelope, cover, number = _type.match(page), _cover.search(text[:5000]), _accession.search(name)
     document_type = envelope[1].strip() if envelope else dei.get("DocumentType", "")
     form = dei.get("DocumentType") or document_type or (cover[1].upper() if cover else "")
     company, period = dei.get("EntityRegistrantName", ""), iso_date(dei.get("DocumentPeriodEndDate", ""))
     cik = dei.get("EntityCentralIndexKey", "").lstrip("0")
-    return dict(title=" ".join(filter(None, (company, form, period))) if company else Path(name).stem, date=period,
-                url=f"{ARCHIVES}/{cik}/{''.join(number.groups())}" if cik and number else "",
-                cik=cik, company=company, form=form, filed="", period=period, sic="",
-                accession="-".join(number.groups()) if number else "", document_type=document_type)
+    title = " ".join(filter(None, (company, form, period))) if company else Path(name).stem
+    url = f"{ARCHIVES}/{cik}/{''.join(number.groups())}" if cik and number else ""
+    accession = "-".join(number.groups()) if number else ""
+    return dict(title=title, date=period, url=url, cik=cik, company=company, form=form, filed="",
+                period=period, sic="", accession=accession, document_type=document_type)
 
 def read_filing(path: str | Path) -> Document:
-    """One HTML filing as a document: Markdown, and metadata title, date, url, cik, company, form, filed, period,
-    sic, accession and document_type (strings, empty where unknown). Raises `Unreadable`."""
+    """One HTML filing as a document: Markdown, and metadata title, date, url, cik, company, form, filed,
+    period, sic, accession and document_type (strings, empty where unknown). Raises `Unreadable`."""
     page = decode(Path(path).read_bytes())
     root = parse(page)
     if not (text := to_markdown(root).text): raise Unreadable("no text")
     return Document(text=text, id="", metadata=about(Path(path).name, page, text, facts(root)))
 
-# %% ../../nbs/10_sec.ipynb #44fb0366
+# %% ../../nbs/10_sec.ipynb #0ac6d8a2
 SUFFIXES = (".html", ".htm", ".xhtml", ".txt")
 
 def documents(path: str | Path) -> Iterator[Document]:
     "The documents in one file: an HTML filing is one. Raises `Unreadable`, of files of another kind too."
-    if Path(path).suffix.lower() not in SUFFIXES: raise Unreadable(f"unknown kind of file {Path(path).suffix}")
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES: raise Unreadable(f"unknown kind of file {suffix}")
     yield read_filing(path)

@@ -1,0 +1,140 @@
+"""The report as a browser sees it: opened from disk, both themes, a desk and a phone."""
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import made_run
+
+pytestmark = pytest.mark.browser
+FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+SIZES = {"desk": (1280, 900), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    path = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))),
+                None)
+    if not path: pytest.skip("Chromium is not installed (apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    flags = FLAGS + ["--no-sandbox"] * (os.geteuid() == 0)
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    return made_run.site()
+
+
+@contextlib.contextmanager
+def opened(browser, page: Path, size: str = "desk", theme: str = "light"):
+    "A page opened from disk; at the end it must have said nothing wrong and asked nobody."
+    width, height = SIZES[size]
+    context = browser.new_context(viewport=dict(width=width, height=height), color_scheme=theme)
+    tab, wrong, asked = context.new_page(), [], []
+    tab.on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
+    tab.on("pageerror", lambda e: wrong.append(str(e)))
+    tab.on("requestfailed", lambda r: wrong.append(f"failed: {r.url}"))
+    tab.on("request", lambda r: r.url.startswith(("file:", "data:")) or asked.append(r.url))
+    tab.goto(page.as_uri())
+    tab.wait_for_load_state("networkidle")
+    yield tab
+    context.close()
+    assert not wrong and not asked
+
+
+def page_names() -> list[str]:
+    return ["index", "1_ingest", "2_tokens", "3_train", "4_merge", "5_evaluate", "search"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", page_names())
+def test_a_page_says_nothing_wrong_and_fits(chromium, site, name, size):
+    with opened(chromium, site / f"{name}.html", size) as tab:
+        wide = tab.evaluate("document.documentElement.scrollWidth")
+        assert wide <= SIZES[size][0]
+        over = tab.evaluate("""() => [...document.querySelectorAll('article *')].filter(e => {
+            const r = e.getBoundingClientRect();
+            return r.width && r.right > innerWidth + 1 && !e.closest('.rows, .cell_output, pre, .headerlink');
+        }).map(e => e.tagName + '.' + e.className)""")
+        assert not over
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["index", "1_ingest", "3_train", "5_evaluate"])
+def test_every_figure_is_drawn(chromium, site, name, size):
+    with opened(chromium, site / f"{name}.html", size) as tab:
+        figures = tab.evaluate("""() => [...document.querySelectorAll('figure.plate')].map(f => {
+            const seen = [...f.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().width > 200);
+            const count = tag => seen[0]?.querySelectorAll(tag).length;
+            return [seen.length, count('path'), count('text'), seen[0]?.getBoundingClientRect().height];
+        })""")
+        assert len(figures) >= (9 if name == "index" else 1)
+        for count, paths, texts, height in figures:
+            assert count == 1 and paths > 2 and texts > 3 and height > 60
+        assert tab.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
+
+
+def contrast(tab, selector: str) -> float:
+    "WCAG contrast of the first element's text colour (or fill) against the page."
+    return tab.evaluate("""s => {
+        const rgb = c => c.match(/[\\d.]+/g).slice(0, 3).map(Number);
+        const light = c => rgb(c).map(x => (x /= 255) <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+                                 .reduce((a, x, i) => a + x * [.2126, .7152, .0722][i], 0);
+        const e = document.querySelector(s), style = getComputedStyle(e);
+        const ink = e instanceof SVGElement ? style.fill : style.color;
+        const ground = getComputedStyle(document.body).backgroundColor;
+        const [a, b] = [light(ink), light(ground)].sort((x, y) => y - x);
+        return (a + .05) / (b + .05);
+    }""", selector)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_and_figures_are_readable_in_both_themes(chromium, site, theme):
+    with opened(chromium, site / "index.html", theme=theme) as tab:
+        assert tab.evaluate("document.documentElement.dataset.theme") == theme
+        for s in (".lede", ".plate figcaption", ".rows td", ".plate .wide svg text", ".tiles small"):
+            assert contrast(tab, s) >= 4.5, s
+
+
+def test_the_theme_switch_takes_the_figures_along(chromium, site):
+    ink = "getComputedStyle(document.querySelector('.plate .wide svg text')).fill"
+    with opened(chromium, site / "index.html") as tab:
+        before = tab.evaluate(ink)
+        tab.evaluate("document.documentElement.dataset.theme = 'dark'")
+        assert tab.evaluate(ink) != before
+
+
+def test_text_from_outside_runs_nowhere(chromium, site):
+    for name in page_names():
+        with opened(chromium, site / f"{name}.html") as tab:
+            tab.on("dialog", lambda d: pytest.fail(f"{name}: a dialog opened"))
+            assert "owned" not in tab.title()
+
+
+def test_code_unfolds_and_a_link_leads_to_its_page(chromium, site):
+    with opened(chromium, site / "index.html") as tab:
+        tab.click("nav >> text=Evaluate")
+        assert tab.url.endswith("5_evaluate.html")
+        cell = tab.locator("details.hide").first
+        assert not cell.locator("pre").first.is_visible()
+        cell.locator("summary").click()
+        assert cell.locator("pre").first.is_visible()
+
+
+def test_every_internal_link_exists(chromium, site):
+    for name in page_names():
+        with opened(chromium, site / f"{name}.html") as tab:
+            for url in tab.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)"):
+                if not url.startswith("file:"): continue
+                path, _, anchor = url.removeprefix("file://").partition("#")
+                path = path.partition("?")[0]
+                assert Path(path).is_file(), (name, url)
+                if anchor and Path(path) == site / f"{name}.html":
+                    assert tab.evaluate("a => !!document.getElementById(a)", anchor), (name, url)

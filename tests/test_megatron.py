@@ -1,0 +1,161 @@
+"The model against transformers: logits, gradients, a few updates. And importing leaves torch alone."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+COMPARE = '''
+import json, sys, torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+from domain_adapt import convert, megatron, train
+from domain_adapt.params import Train
+
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+megatron.initialize()
+llama3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+kinds = dict(tied=dict(tie_word_embeddings=True), untied=dict(tie_word_embeddings=False, rope_parameters=llama3, max_position_embeddings=131072),
+             wide_heads=dict(tie_word_embeddings=True, head_dim=16, num_key_value_heads=4))
+largest = lambda a, b: {k: (a[k] - b[k]).abs().max().item() for k in b}
+out = {}
+for kind, options in kinds.items():
+    torch.manual_seed(1)
+    hf = LlamaConfig(**{**dict(vocab_size=320, hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
+                               num_key_value_heads=2, initializer_range=0.3, attn_implementation="eager"), **options})
+    reference = LlamaForCausalLM(hf).train()
+    ids, labels = torch.randint(320, (4, 200)), torch.randint(320, (4, 200))
+    settings = Train(lr=1e-3, weight_decay=0.1, clip_grad=1.0)
+    model = megatron.build_model(hf, megatron.transformer_config(hf))
+    model.load_state_dict(convert.to_megatron(reference.state_dict(), hf))
+    with torch.no_grad(): logits = dict(ours=model(ids, None, None), theirs=reference(ids).logits)
+    ddp, optimizer = megatron.trainable(model, settings, bf16=False)
+
+    def their_loss(): return F.cross_entropy(reference(ids).logits.flatten(0, 1), labels.flatten())
+    ddp.zero_grad_buffer()
+    ours = ddp(ids, None, None, labels=labels, loss_mask=torch.ones(4, 200)) / 800
+    ours.backward()
+    theirs = their_loss()
+    theirs.backward()
+    gradients = convert.to_hf({n: p.main_grad.clone() for n, p in model.named_parameters()}, hf)
+    expected = {n: p.grad.clone() for n, p in reference.named_parameters()}
+
+    decay = [[p for p in reference.parameters() if (p.dim() > 1) == many] for many in (True, False)]
+    adam = torch.optim.AdamW([dict(params=decay[0], weight_decay=0.1), dict(params=decay[1], weight_decay=0.0)], lr=1e-3, betas=(0.9, 0.95))
+    curve, their_curve = [], []
+    batches = [dict(tokens=i, labels=l, loss_mask=torch.ones(2, 200)) for i, l in zip(ids.split(2), labels.split(2))]
+    for step in range(6):
+        curve.append(train.update(ddp, optimizer, batches, 1e-3 * (step + 1)))
+        for group in adam.param_groups: group["lr"] = 1e-3 * (step + 1)
+        adam.zero_grad()
+        loss = their_loss(); loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        adam.step()
+        their_curve.append((loss.item(), norm.item()))
+    moved = convert.to_hf(train.masters(ddp), hf)
+    out[kind] = dict(logits=(logits["ours"] - logits["theirs"]).abs().max().item(), highest=logits["theirs"].abs().max().item(),
+                     loss=(ours.item(), theirs.item()), gradients=largest(gradients, expected), gradient=max(g.abs().max().item() for g in expected.values()),
+                     curve=curve, their_curve=their_curve, weights=largest(moved, {k: v for k, v in reference.state_dict().items() if k in moved}))
+print(json.dumps(out))
+'''
+
+
+def run(script: str, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", script, *words], capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def compared() -> dict:
+    done = run(COMPARE)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+KINDS = pytest.mark.parametrize("kind", ["tied", "untied", "wide_heads"])
+
+
+@pytest.mark.oracle
+@KINDS
+def test_logits_are_those_of_transformers(compared, kind):
+    assert compared[kind]["highest"] > 1
+    assert compared[kind]["logits"] < 1e-5 * compared[kind]["highest"]
+
+
+@pytest.mark.oracle
+@KINDS
+def test_loss_and_gradients_are_those_of_transformers(compared, kind):
+    ours, theirs = compared[kind]["loss"]
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert compared[kind]["gradient"] > 1e-3
+    for name, difference in compared[kind]["gradients"].items():
+        assert difference < 1e-5 * max(1, compared[kind]["gradient"]), name
+
+
+@pytest.mark.oracle
+@KINDS
+def test_updates_are_those_of_adamw_with_clipping(compared, kind):
+    "Two micro-batches here, one batch there; norms without weight decay."
+    ours, theirs = compared[kind]["curve"], compared[kind]["their_curve"]
+    assert theirs[-1][0] < theirs[0][0] - 0.05 and theirs[0][1] > 1.0
+    for (loss, norm), (their_loss, their_norm) in zip(ours, theirs):
+        assert loss == pytest.approx(their_loss, rel=2e-5) and norm == pytest.approx(their_norm, rel=2e-4)
+    assert max(compared[kind]["weights"].values()) < 2e-4
+
+
+LOAD_AND_SAVE = '''
+import sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.save_pretrained(sys.argv[2])
+'''
+IMPORT_ALL = '''
+import importlib, pkgutil, torch, torch.nn.functional
+import domain_adapt
+places = [torch, torch.Tensor, torch.cuda, torch.nn.functional, torch.nn.Module, torch.optim, torch.distributed]
+before = [dict(vars(p)) for p in places]
+names = [m.name for m in pkgutil.walk_packages(domain_adapt.__path__, "domain_adapt.")]
+for name in names: importlib.import_module(name)
+assert "domain_adapt.megatron" in names and "domain_adapt.train" in names
+for place, was in zip(places, before):
+    changed = [k for k, v in was.items() if not k.startswith("__") and vars(place).get(k) is not v]
+    assert not changed, (place, changed)
+import megatron.core.optimizer.optimizer as inside
+assert inside.torch is torch
+'''
+
+
+@pytest.mark.equality
+def test_importing_everything_leaves_torch_alone(tiny_llama, tmp_path):
+    for name, script in dict(clean=LOAD_AND_SAVE, after=IMPORT_ALL + LOAD_AND_SAVE).items():
+        done = run(script, str(tiny_llama), str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    files = sorted(f.name for f in (tmp_path / "clean").iterdir())
+    assert "model.safetensors" in files and files == sorted(f.name for f in (tmp_path / "after").iterdir())
+    for f in files: assert (tmp_path / "clean" / f).read_bytes() == (tmp_path / "after" / f).read_bytes(), f
+
+
+BACKEND = '''
+import torch
+from domain_adapt import megatron
+import megatron.core.optimizer.optimizer as inside, transformers.modeling_utils as outside
+megatron.use_cpu_backend()
+assert inside.torch is not torch and outside.torch is torch and torch.cuda.current_device is not inside.torch.cuda.current_device
+assert torch.zeros(1).type() == "torch.FloatTensor"
+there = dict(__name__="megatron.core.somewhere", torch=inside.torch)
+exec("kind = torch.zeros(1, device='cuda').type(); moved = torch.ones(2).cuda()", there)
+assert there["kind"] == "torch.cuda.FloatTensor" and there["moved"].device.type == "cpu"
+try: torch.zeros(1).cuda()
+except (AssertionError, RuntimeError): pass
+else: raise SystemExit("cuda() answered outside megatron.core")
+'''
+
+
+def test_cpu_backend_reaches_only_megatron_core():
+    pytest.importorskip("torch")
+    import torch
+    if torch.cuda.is_available(): pytest.skip("this machine has CUDA, where the CPU backend is not used")
+    done = run(BACKEND)
+    assert done.returncode == 0, done.stderr
