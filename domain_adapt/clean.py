@@ -6,7 +6,7 @@
 __all__ = ['READERS', 'Why', 'MAX_TASKS', 'Counts', 'files_below', 'Reader', 'Rule', 'marked', 'of_forms', 'long_enough',
            'distinct', 'Words', 'filters', 'run', 'written', 'corpus_files', 'clean_corpus', 'ingest']
 
-# %% ../nbs/15_clean.ipynb #85902a87
+# %% ../nbs/15_clean.ipynb #9c75dc5f
 import contextlib, gzip, hashlib, json, re, shutil, sys, threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ from .params import Corpus, Params, UserError
 from .runs import progress, write_csv, write_json
 from .sources import general, sec
 
-# %% ../nbs/15_clean.ipynb #2dddd75e
+# %% ../nbs/15_clean.ipynb #485a78da
 READERS = {"sec": sec.documents, "general": general.documents}
 
 def files_below(root: Path) -> list[str]:
@@ -57,8 +57,9 @@ class Reader(PipelineStep):
     def read(self, path: Path) -> Iterator[Document]:
         try: yield from READERS[self.source](path)
         except sec.Unreadable as e: yield general.not_kept(str(e))
+        except OSError as e: yield general.not_kept(f"cannot be read: {e.strerror}")
 
-# %% ../nbs/15_clean.ipynb #0e4b42cb
+# %% ../nbs/15_clean.ipynb #193b99dc
 Why = Callable[[Document], str | None]
 
 class Rule(BaseFilter):
@@ -84,7 +85,7 @@ def long_enough(words: int) -> Why:
     "Drops documents under `words` words."
     return lambda doc: None if (n := len(doc.text.split())) >= words else f"{n} words"
 
-# %% ../nbs/15_clean.ipynb #1fa5bf1b
+# %% ../nbs/15_clean.ipynb #1259db39
 def distinct() -> Why:
     "Drops documents that are the same as an earlier one but for white space."
     seen: dict[bytes, str] = {}
@@ -93,7 +94,7 @@ def distinct() -> Why:
         return None if first == doc.id else f"same as {first}"
     return why
 
-# %% ../nbs/15_clean.ipynb #48add61f
+# %% ../nbs/15_clean.ipynb #cea636c9
 class Words(WordTokenizer):
     "What stands between spaces."
     def word_tokenize(self, text: str) -> list[str]: return text.split()
@@ -116,7 +117,7 @@ def filters(corpus: Corpus, min_words: int, dropped: Path) -> dict[str, BaseFilt
         made["not repetitive"] = GopherRepetitionFilter(language=Words(), exclusion_writer=out("repetitive"))
     return made
 
-# %% ../nbs/15_clean.ipynb #d5c09789
+# %% ../nbs/15_clean.ipynb #5571f67f
 @contextlib.contextmanager
 def _watched(marks: Path, tasks: int, description: str) -> Iterator[None]:
     "Show how many of the tasks have left their mark."
@@ -140,7 +141,7 @@ def run(steps: list[PipelineStep], logs: Path, tasks: int, workers: int, descrip
                                      start_method="fork" if sys.platform == "linux" else "forkserver")
     with _watched(logs / "completions", tasks, description): return executor.run().stats
 
-# %% ../nbs/15_clean.ipynb #93f6eb0d
+# %% ../nbs/15_clean.ipynb #0d4459c1
 MAX_TASKS = 1000
 Counts = tuple[int, int]
 
@@ -165,7 +166,7 @@ def corpus_files(name: str, corpus: Corpus) -> tuple[Path, list[str]]:
     if files := files_below(root): return root, files
     raise UserError(f"corpora.{name}.path: {corpus.path}: the folder holds no files; give one that does")
 
-# %% ../nbs/15_clean.ipynb #76e161b2
+# %% ../nbs/15_clean.ipynb #25d3f103
 def _read(name: str, corpus: Corpus, params: Params, out: Path, to: Path) -> list[tuple[str, Counts]]:
     "Documents that pass the filters of single documents, written to `to`; what each step left."
     root, files = corpus_files(name, corpus)
@@ -198,7 +199,7 @@ def clean_corpus(name: str, corpus: Corpus, params: Params, out: Path) -> pd.Dat
     table = [(name, step, *counts) for step, counts in [*rows, ("kept", kept)]]
     return pd.DataFrame(table, columns=["corpus", "step", "documents", "characters"])
 
-# %% ../nbs/15_clean.ipynb #47395424
+# %% ../nbs/15_clean.ipynb #a1be9283
 def ingest(params: Params, folders: dict[str, Path], out: Path) -> None:
     """Clean every corpus: `documents/<corpus>/*.jsonl.gz`, what was dropped and why in
     `dropped/<corpus>/<why>/`, and `funnel.csv`, what each step left. Raises `UserError` for a corpus that is

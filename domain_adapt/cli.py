@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'File', 'Sets', 'run', 'check_command', 'main']
 
-# %% ../nbs/71_cli.ipynb #ed5888db
+# %% ../nbs/71_cli.ipynb #c5753f87
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ from rich.console import Console
 from .params import UserError, load_params
 from .runs import STAGES
 
-# %% ../nbs/71_cli.ipynb #92511ab3
+# %% ../nbs/71_cli.ipynb #7756211b
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Turn a general language model into a domain expert and prove what it gained and what it forgot.")
 File = Annotated[Path, typer.Argument(help="the YAML of the run, such as params/quickstart.yaml", metavar="PARAMS")]
@@ -33,7 +33,7 @@ def _go(path: Path, sets: list[str], until: str, force: str | None = None):
         print("stopped; what was finished is kept, the stage at work is done again next time", file=sys.stderr)
         raise typer.Exit(130) from None
 
-# %% ../nbs/71_cli.ipynb #06a7c0f2
+# %% ../nbs/71_cli.ipynb #f0f1869a
 @app.command()
 def run(params: File, until: Annotated[str, typer.Option(help="the last stage to run")] = "report", set_: Sets = [],
         force: Annotated[str | None, typer.Option(help="a stage to do again even though it is done")] = None) -> None:
@@ -51,7 +51,7 @@ def _headline(done) -> None:
     Console().print(table)
     print(f"report: {done.folder / '6_report' / 'index.html'}")
 
-# %% ../nbs/71_cli.ipynb #9506317d
+# %% ../nbs/71_cli.ipynb #1e16e178
 def _add(stage: str) -> None:
     "The command that runs one stage, and those before it where they are not up to date."
     def command(params: File, set_: Sets = []) -> None: _go(params, set_, stage)
@@ -59,7 +59,7 @@ def _add(stage: str) -> None:
 
 for _name in STAGES: _add(_name)
 
-# %% ../nbs/71_cli.ipynb #01917d2e
+# %% ../nbs/71_cli.ipynb #6749f11b
 @app.command("check")
 def check_command(params: File, set_: Sets = [],
                   recipe: Annotated[bool, typer.Option("--recipe", help="the YAML alone: needs no data, disk or GPU")] = False) -> None:
@@ -69,7 +69,7 @@ def check_command(params: File, set_: Sets = [],
     if problems: raise UserError("\n".join(f"{params}: {p}" for p in problems))
     print(f"{params}: nothing wrong found")
 
-# %% ../nbs/71_cli.ipynb #a8b6318c
+# %% ../nbs/71_cli.ipynb #9b89a515
 def main() -> None:
     "Entry point of `domain-adapt`."
     try: app()
@@ -77,5 +77,5 @@ def main() -> None:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 
-# %% ../nbs/71_cli.ipynb #da9d2759
+# %% ../nbs/71_cli.ipynb #b7bae8e8
 if __name__ == "__main__" and "__file__" in globals(): main()

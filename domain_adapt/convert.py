@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['WHOLE', 'LAYER', 'QKV', 'GATE_UP', 'join_qkv', 'split_qkv', 'to_megatron', 'to_hf', 'weights_dtype', 'export_hf']
 
-# %% ../nbs/32_convert.ipynb #b0354759
+# %% ../nbs/32_convert.ipynb #e3f6d729
 import json, shutil
 from pathlib import Path
 import torch
 from .params import UserError
 
-# %% ../nbs/32_convert.ipynb #54c0602f
+# %% ../nbs/32_convert.ipynb #ceb75cdb
 def join_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: int) -> torch.Tensor:
     "Query [heads·d, h], key and value [groups·d, h] as one matrix: of each group its queries, its key, its value."
     return torch.cat([x.unflatten(0, (groups, -1)) for x in (q, k, v)], 1).flatten(0, 1)
@@ -22,7 +22,7 @@ def split_qkv(qkv: torch.Tensor, groups: int, heads: int) -> tuple[torch.Tensor,
     d = parts.shape[1] // (heads // groups + 2)
     return tuple(x.flatten(0, 1) for x in parts.split([parts.shape[1] - 2 * d, d, d], 1))
 
-# %% ../nbs/32_convert.ipynb #b5f3d92d
+# %% ../nbs/32_convert.ipynb #149a3f35
 WHOLE = {"embedding.word_embeddings": "model.embed_tokens", "decoder.final_layernorm": "model.norm", "output_layer": "lm_head"}
 LAYER = {"input_layernorm": "input_layernorm", "self_attention.linear_proj": "self_attn.o_proj",
          "pre_mlp_layernorm": "post_attention_layernorm", "mlp.linear_fc2": "mlp.down_proj"}
@@ -33,7 +33,7 @@ def _whole(hf) -> dict[str, str]:
     "Megatron's name of every tensor outside the layers: transformers' name."
     return {m: t for m, t in WHOLE.items() if not (m == "output_layer" and hf.tie_word_embeddings)}
 
-# %% ../nbs/32_convert.ipynb #c3a1c0d2
+# %% ../nbs/32_convert.ipynb #9d0ee5e7
 def to_megatron(state: dict[str, torch.Tensor], hf) -> dict[str, torch.Tensor]:
     "Weights of a transformers Llama under megatron-core's names. `hf` is its configuration. Raises `UserError` on what is left over."
     left = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
@@ -61,7 +61,7 @@ def to_hf(state: dict[str, torch.Tensor], hf) -> dict[str, torch.Tensor]:
         out |= {theirs + t: x for t, x in zip(GATE_UP, state[ours + "mlp.linear_fc1.weight"].chunk(2))}
     return {k + ".weight": v for k, v in out.items()}
 
-# %% ../nbs/32_convert.ipynb #ca2450b7
+# %% ../nbs/32_convert.ipynb #70952d69
 def weights_dtype(source: str | Path) -> torch.dtype:
     "The precision of the weights in an HF folder, as its config.json says it; fp32 where it does not."
     config = json.loads((Path(source) / "config.json").read_text())

@@ -8,7 +8,7 @@ __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'STYLE', 'NARROW', 'FAMILIES', 'KINDS
            'spread', 'label_points', 'funnel', 'loss', 'mixture', 'in_order', 'reported', 'perplexity', 'main_metric',
            'benchmarks', 'front', 'tradeoff', 'sweep', 'geometry']
 
-# %% ../nbs/60_figures.ipynb #277cda48
+# %% ../nbs/60_figures.ipynb #980e51c3
 import functools, html, io, re
 from collections.abc import Callable, Iterable
 import matplotlib
@@ -19,7 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# %% ../nbs/60_figures.ipynb #c75de2ff
+# %% ../nbs/60_figures.ipynb #d65010f4
 INK, MUTED, GRID, CARD = "#24292f", "#57606a", "#d8dee4", "#ffffff"
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "domain_adapt", "font.family": "DejaVu Sans",
          "font.size": 9.5,
@@ -32,7 +32,7 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "domain_adapt", "font.family": 
          "ytick.major.size": 0, "xtick.major.size": 3, "figure.facecolor": CARD, "axes.facecolor": "none"}
 NARROW = 4.5
 
-# %% ../nbs/60_figures.ipynb #2119c01b
+# %% ../nbs/60_figures.ipynb #556924fc
 FAMILIES = {"original": "#7d8590", "base": "#a24fe0", "cpt@": "#cc7a3a", "cpt": "#d55e00",
             "merge:": "#2f8fce"}
 KINDS = {"domain": "#b0559b", "general": "#44878f"}
@@ -60,7 +60,7 @@ def markers(variants: Iterable[str]) -> dict[str, dict]:
                         markerfacecolor=CARD if family(v) == "cpt@" else colour(v))
     return looks
 
-# %% ../nbs/60_figures.ipynb #a2f86d0b
+# %% ../nbs/60_figures.ipynb #885a1102
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", CARD: "card"}
 
 def svg(figure: Figure, alt: str = "") -> str:
@@ -73,7 +73,7 @@ def svg(figure: Figure, alt: str = "") -> str:
     text = re.sub(r' id="[a-zA-Z]+_[\d_]+"', "", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1).strip()
 
-# %% ../nbs/60_figures.ipynb #989a1d7c
+# %% ../nbs/60_figures.ipynb #62fd06f0
 class Chart(Figure):
     "A matplotlib figure that notebooks show as SVG."
     def __init__(self, width: float, height: float):
@@ -83,7 +83,7 @@ class Chart(Figure):
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         return {"image/svg+xml": svg(self), "text/plain": "<figure>"}
 
-# %% ../nbs/60_figures.ipynb #61f0693f
+# %% ../nbs/60_figures.ipynb #513b3f34
 def drawing(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     "Draw in this style, whatever the caller's; an empty table gives a figure that says it is empty."
     @functools.wraps(draw)
@@ -95,7 +95,7 @@ def drawing(draw: Callable[..., Figure]) -> Callable[..., Figure]:
             return fig
     return styled
 
-# %% ../nbs/60_figures.ipynb #1f676c29
+# %% ../nbs/60_figures.ipynb #01ca0ebe
 def human(x: float) -> str:
     "A count in three digits: 81920 as 81.9 k, 3100000 as 3.1 M."
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
@@ -109,7 +109,7 @@ def minus(x: float, spec: str = "+.1f") -> str:
     text = format(x, spec)
     return text.replace("-", "\N{MINUS SIGN}") if float(text) else text.lstrip("+-")
 
-# %% ../nbs/60_figures.ipynb #fcd277a3
+# %% ../nbs/60_figures.ipynb #9fbd67a0
 def number(x) -> str:
     "A value as it is shown: four digits, thousands separated."
     if isinstance(x, (bool, np.bool_)): return "yes" if x else "no"
@@ -136,7 +136,7 @@ def table_html(frame: pd.DataFrame, label: str) -> str:
     return (f'<div class="rows" tabindex="0" role="region" aria-label="{html.escape(label)}">'
             f'<table class="table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
-# %% ../nbs/60_figures.ipynb #95805499
+# %% ../nbs/60_figures.ipynb #7330350d
 class Table:
     "A frame that notebooks show as `table_html`; a Series becomes two columns."
     def __init__(self, data: pd.DataFrame | pd.Series):
@@ -146,7 +146,7 @@ class Table:
     def _repr_html_(self) -> str: return table_html(self.frame, "table")
     def __repr__(self) -> str: return shown(self.frame).to_string(index=False)
 
-# %% ../nbs/60_figures.ipynb #9cf08264
+# %% ../nbs/60_figures.ipynb #2c1f0ef8
 def spread(wanted: Iterable[float], gap: float) -> np.ndarray:
     "Positions nearest to `wanted`, in the same order, at least `gap` apart."
     wanted = np.asarray(list(wanted), float)
@@ -160,7 +160,7 @@ def spread(wanted: Iterable[float], gap: float) -> np.ndarray:
     placed = np.concatenate([[x] * n for x, n in pools]) + gap * np.arange(len(wanted)) if pools else wanted
     return placed[np.argsort(order, kind="stable")]
 
-# %% ../nbs/60_figures.ipynb #097352c3
+# %% ../nbs/60_figures.ipynb #ef12fdd1
 def _places(size: tuple[float, float], at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Boxes (rows x0, y0, x1, y1) of `size` all around the pixel `at`, and how far from it each stands."
     far, angle = (x.ravel() for x in np.meshgrid([7, 12, 18, 26, 36, 48, 62, 80, 100],
@@ -181,7 +181,7 @@ def _along(ax, lines: Iterable[tuple[float, float, float, float]]) -> list[tuple
     dots = [a + (b - a) * t for a, b in ends for t in np.linspace(0, 1, 2 + int(np.hypot(*(b - a)) // 6))]
     return [(*(d - 2), *(d + 2)) for d in dots]
 
-# %% ../nbs/60_figures.ipynb #129b9332
+# %% ../nbs/60_figures.ipynb #d7640f3b
 def label_points(ax, points: dict[str, tuple[float, float]],
                  lines: Iterable[tuple[float, float, float, float]] = (), **text) -> None:
     "Write each name of `points` beside its (x, y), clear of the others and of `lines` (x0, y0, x1, y1)."
@@ -207,7 +207,7 @@ def label_points(ax, points: dict[str, tuple[float, float]],
             ax.annotate("", points[name], middle, arrowprops=dict(arrowstyle="-", color=MUTED, alpha=.6,
                                                                   lw=.7, shrinkB=4, shrinkA=8), zorder=1)
 
-# %% ../nbs/60_figures.ipynb #926e3924
+# %% ../nbs/60_figures.ipynb #d0beb03d
 def _axis(ax, x: str = "", y: str = "", title: str = "", only: str = "both") -> None:
     "Titles with units; grid lines only along the axis that is read."
     if title: ax.set_title(title, pad=20 if y else 8)
@@ -219,7 +219,7 @@ def _axis(ax, x: str = "", y: str = "", title: str = "", only: str = "both") -> 
 def _interval(ax, low: float, high: float, y: float, ink: str) -> None:
     if low < high: ax.plot([low, high], [y, y], color=ink, lw=2, alpha=.55, solid_capstyle="butt")
 
-# %% ../nbs/60_figures.ipynb #19cc9493
+# %% ../nbs/60_figures.ipynb #d5deeeb9
 @drawing
 def funnel(table: pd.DataFrame, width: float = 7.4) -> Figure:
     "Share of the characters left after each step, per corpus. `table`: `funnel.csv`."
@@ -244,7 +244,7 @@ def funnel(table: pd.DataFrame, width: float = 7.4) -> Figure:
         _axis(ax, title=name)
     return fig
 
-# %% ../nbs/60_figures.ipynb #15385e64
+# %% ../nbs/60_figures.ipynb #9d5f5622
 def _ends(ax, lines: dict[str, tuple[float, str]], x: float) -> None:
     "Names of lines at their right ends, pushed apart."
     ax.figure.canvas.draw()
@@ -280,7 +280,7 @@ def loss(metrics: pd.DataFrame, kinds: dict[str, str] | None = None, width: floa
     _ends(top, ends, tokens.max() * 1.015)
     return fig
 
-# %% ../nbs/60_figures.ipynb #c367b5ef
+# %% ../nbs/60_figures.ipynb #748c813c
 @drawing
 def mixture(table: pd.DataFrame, dot: str = "drawn", width: float = 7.4) -> Figure:
     "Share of each corpus, asked (ring) and what `dot` says: drawn, or there is. `table`: `mixture.csv`."
@@ -305,7 +305,7 @@ def mixture(table: pd.DataFrame, dot: str = "drawn", width: float = 7.4) -> Figu
     _axis(ax, x=f"share of tokens: asked (ring), {dot} (dot)", only="x")
     return fig
 
-# %% ../nbs/60_figures.ipynb #6a179ee0
+# %% ../nbs/60_figures.ipynb #2908b77d
 def in_order(variants: Iterable[str]) -> list[str]:
     "Variants from original to merges, otherwise in the order given."
     names = list(dict.fromkeys(variants))
@@ -326,7 +326,7 @@ def _panels(names: list[str], width: float, height: float) -> tuple[Figure, list
     for ax in axes[len(names):]: ax.set_axis_off()
     return fig, list(axes[:len(names)])
 
-# %% ../nbs/60_figures.ipynb #cb8fe6b1
+# %% ../nbs/60_figures.ipynb #bf7dddc1
 @drawing
 def perplexity(table: pd.DataFrame, kind: str, width: float = 7.4) -> Figure:
     "Bits per byte with intervals, and token perplexity, on corpora of `kind`. `table`: `perplexity.csv`."
@@ -355,7 +355,7 @@ def perplexity(table: pd.DataFrame, kind: str, width: float = 7.4) -> Figure:
         _axis(ax, x="bits per byte (less is better)", title=corpus, only="x")
     return fig
 
-# %% ../nbs/60_figures.ipynb #2fe8877c
+# %% ../nbs/60_figures.ipynb #e7f5f631
 def _legend(ax, looks: dict[str, dict]) -> None:
     "Names with their markers in a row above the axes."
     handles = [matplotlib.lines.Line2D([], [], **look) for look in looks.values()]
@@ -393,7 +393,7 @@ def benchmarks(table: pd.DataFrame, width: float = 7.4) -> Figure:
     _legend(ax, looks)
     return fig
 
-# %% ../nbs/60_figures.ipynb #18bd29f9
+# %% ../nbs/60_figures.ipynb #9d2dea64
 def front(gain: Iterable[float], forgetting: Iterable[float]) -> np.ndarray:
     "True for each point that no other matches on both and beats on one (more gain, less forgetting)."
     g, f = np.asarray(list(gain), float), np.asarray(list(forgetting), float)
@@ -431,7 +431,7 @@ def tradeoff(table: pd.DataFrame, width: float = 7.4) -> Figure:
     label_points(ax, {v: (r["forgetting"], r["gain"]) for v, r in t.iterrows()}, bars, fontsize=9)
     return fig
 
-# %% ../nbs/60_figures.ipynb #038830cd
+# %% ../nbs/60_figures.ipynb #425ae918
 AXES = ["general_bits_per_byte", "domain_bits_per_byte"]
 
 @drawing
@@ -451,7 +451,7 @@ def sweep(table: pd.DataFrame, width: float = 7.4) -> Figure:
     label_points(ax, {v: tuple(r[AXES]) for v, r in t.iterrows()}, along, fontsize=9)
     return fig
 
-# %% ../nbs/60_figures.ipynb #858dabf3
+# %% ../nbs/60_figures.ipynb #fb1ed300
 PARTS = {"attention": "#8f6bbf", "mlp": "#c08a1e", "other": "#7d8590"}
 
 @drawing

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLICE', 'Weights', 'same_weights', 'place', 'geometry']
 
-# %% ../nbs/50_geometry.ipynb #a5a849f7
+# %% ../nbs/50_geometry.ipynb #6cd5a6a4
 import json, re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from .params import UserError
 
-# %% ../nbs/50_geometry.ipynb #153c270f
+# %% ../nbs/50_geometry.ipynb #21645a19
 class Weights(Mapping):
     "The tensors of a model folder by name, read when asked for. Safetensors only: a pickle can run code."
     def __init__(self, folder: str | Path):
@@ -48,13 +48,13 @@ class Weights(Mapping):
     def dtypes(self) -> set[str]:
         return {f.get_slice(k).get_dtype() for k, f in self._at.items()}
 
-# %% ../nbs/50_geometry.ipynb #0587d1e0
+# %% ../nbs/50_geometry.ipynb #a47487c4
 def same_weights(a: str | Path, b: str | Path) -> bool:
     "Whether two model folders hold the same tensors. Stops at the first that differs."
     x, y = Weights(a), Weights(b)
     return x.shapes == y.shapes and all(torch.equal(x[k], y[k]) for k in x)
 
-# %% ../nbs/50_geometry.ipynb #d60e47a9
+# %% ../nbs/50_geometry.ipynb #7dc08011
 def place(name: str) -> tuple[str, int | None, str]:
     "Module, layer (None outside the stack) and kind of module {attention, mlp, other} of a tensor."
     kinds = {"attention": r"\b(self_attn|attn|attention)\b", "mlp": r"\b(mlp|feed_forward)\b"}
@@ -62,7 +62,7 @@ def place(name: str) -> tuple[str, int | None, str]:
     if m := re.search(r"\b(layers|h|blocks)\.(\d+)\.", name): return f"layers.{m[2]}.{kind}", int(m[2]), kind
     return name.removeprefix("model.").rpartition(".")[0], None, kind
 
-# %% ../nbs/50_geometry.ipynb #c50001a4
+# %% ../nbs/50_geometry.ipynb #5a919d4c
 SLICE = 1 << 16
 
 def _sums(a: torch.Tensor, b: torch.Tensor) -> list[float]:
@@ -74,7 +74,7 @@ def _sums(a: torch.Tensor, b: torch.Tensor) -> list[float]:
         total += torch.stack([x.dot(x), y.dot(y), x.dot(y), d.dot(d)])
     return total.tolist()
 
-# %% ../nbs/50_geometry.ipynb #43c3c641
+# %% ../nbs/50_geometry.ipynb #795c3212
 def geometry(original: str | Path, cpt: str | Path) -> pd.DataFrame:
     "How far each module of `cpt` moved: a row per layer and kind, and per module outside the layers."
     a, b, keys, sums = Weights(original), Weights(cpt), ["module", "layer", "kind"], ["aa", "bb", "ab", "dd"]

@@ -7,7 +7,7 @@ __all__ = ['FACTORIES', 'LONGEST_BLOCKED', 'ROWS', 'CHUNK', 'LLAMA3_ROPE', 'cpu_
            'BlockAttention', 'CausalAttention', 'SwiGLU', 'layer_spec', 'LinearCrossEntropy', 'linear_cross_entropy',
            'Llama', 'check_llama', 'transformer_config', 'initialize', 'build_model', 'trainable']
 
-# %% ../nbs/31_megatron.ipynb #006ce277
+# %% ../nbs/31_megatron.ipynb #422af51c
 import functools, math, os, sys, types, warnings
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
-# %% ../nbs/31_megatron.ipynb #7fe6ef54
+# %% ../nbs/31_megatron.ipynb #4d342b08
 def _on_cpu(make):
     "The tensor factory `make`, whose device is the CPU whatever is asked."
     @functools.wraps(make)
@@ -49,7 +49,7 @@ def _cpu_cuda() -> types.ModuleType:
     cuda.random = types.SimpleNamespace(get_rng_state=cuda.get_rng_state)
     return cuda
 
-# %% ../nbs/31_megatron.ipynb #6ef00491
+# %% ../nbs/31_megatron.ipynb #77cd768e
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like")
 
 def cpu_torch() -> types.ModuleType:
@@ -60,7 +60,7 @@ def cpu_torch() -> types.ModuleType:
     for name in FACTORIES: setattr(stand_in, name, _on_cpu(getattr(torch, name)))
     return stand_in
 
-# %% ../nbs/31_megatron.ipynb #3fcb4305
+# %% ../nbs/31_megatron.ipynb #597ff309
 def _from_megatron() -> bool: return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
 
 def _tensor_methods(type_, cuda):
@@ -79,7 +79,7 @@ def use_cpu_backend() -> None:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch: module.torch = stand_in
     torch.Tensor.type, torch.Tensor.cuda = _tensor_methods(torch.Tensor.type, torch.Tensor.cuda)
 
-# %% ../nbs/31_megatron.ipynb #c233a12e
+# %% ../nbs/31_megatron.ipynb #d3a63d6c
 class _RMSNorm(torch.autograd.Function):
     "x / sqrt(mean x² + eps) · weight, keeping only x and the roots for the backward."
     @staticmethod
@@ -107,7 +107,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return _RMSNorm.apply(x, self.weight, self.eps)
 
-# %% ../nbs/31_megatron.ipynb #d7cc8e49
+# %% ../nbs/31_megatron.ipynb #1b8ae7e9
 def _group(x: torch.Tensor, groups: int) -> torch.Tensor:
     "[s, b, heads, d] to [b·groups, heads per group, s, d]."
     s, b, heads, d = x.shape
@@ -118,7 +118,7 @@ def _ungroup(x: torch.Tensor, batch: int) -> torch.Tensor:
     bg, per, s, d = x.shape
     return x.view(batch, bg // batch, per, s, d).permute(3, 0, 1, 2, 4).reshape(s, batch, -1, d)
 
-# %% ../nbs/31_megatron.ipynb #68db8f07
+# %% ../nbs/31_megatron.ipynb #96d15745
 class BlockAttention(torch.autograd.Function):
     "Causal attention of [s, b, heads, d] queries on [s, b, groups, d] keys and values, by blocks of `rows` queries."
     @staticmethod
@@ -150,7 +150,7 @@ class BlockAttention(torch.autograd.Function):
             dk[:, :j].baddbmm_(ds.mT, qi, alpha=ctx.scale)
         return (*(_ungroup(x, ctx.batch) for x in (dq, dk.unsqueeze(1), dv.unsqueeze(1))), None, None)
 
-# %% ../nbs/31_megatron.ipynb #e5311982
+# %% ../nbs/31_megatron.ipynb #fffa188a
 LONGEST_BLOCKED, ROWS = 1024, 128
 
 class CausalAttention(MegatronModule):
@@ -169,7 +169,7 @@ class CausalAttention(MegatronModule):
         else: out = BlockAttention.apply(query, key, value, self.scale, ROWS)
         return out.reshape(*query.shape[:2], -1)
 
-# %% ../nbs/31_megatron.ipynb #baf23c80
+# %% ../nbs/31_megatron.ipynb #4c0a5df0
 class _SwiGLU(torch.autograd.Function):
     "silu(gate) · up of [..., gate then up], keeping only its input."
     @staticmethod
@@ -183,12 +183,11 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors[0].chunk(2, -1)
         return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)], -1)
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     "The activation between fc1 and fc2, for megatron-core's MLP."
-    def __init__(self, config: TransformerConfig): super().__init__()
     def forward(self, x: torch.Tensor) -> torch.Tensor: return _SwiGLU.apply(x)
 
-# %% ../nbs/31_megatron.ipynb #d050c09b
+# %% ../nbs/31_megatron.ipynb #6cdf7d18
 def layer_spec() -> TransformerBlockSubmodules:
     "A Llama block for Megatron-Core without TransformerEngine."
     attention = ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, SelfAttentionSubmodules(
@@ -198,7 +197,7 @@ def layer_spec() -> TransformerBlockSubmodules:
         input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add))
 
-# %% ../nbs/31_megatron.ipynb #403dc2ad
+# %% ../nbs/31_megatron.ipynb #64a390a6
 def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, rows: int = 64) -> float:
     "Σ mask·(−log p(label)), mask being 0 or 1; `logits` [n, vocab] is overwritten by the gradient."
     total = 0.0
@@ -212,7 +211,7 @@ def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
         part[m == 0] = 0
     return total
 
-# %% ../nbs/31_megatron.ipynb #d95830bd
+# %% ../nbs/31_megatron.ipynb #da3e9956
 CHUNK = 2**26    # logits in memory at once
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -239,7 +238,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: tor
     "Σ mask·cross entropy, in fp32, of the logits `hidden @ weight.T` [n, vocab] against `labels` [n]; mask is 0 or 1."
     return LinearCrossEntropy.apply(hidden, weight, labels, mask, torch.is_grad_enabled())
 
-# %% ../nbs/31_megatron.ipynb #1afecf4a
+# %% ../nbs/31_megatron.ipynb #d5579656
 class Llama(GPTModel):
     "megatron-core's GPTModel, except that with `labels` and `loss_mask` it gives the summed loss without whole logits."
     def _postprocess(self, hidden_states, *args, labels=None, loss_mask=None, **kwargs):
@@ -247,7 +246,7 @@ class Llama(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         return linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels.t().flatten(), loss_mask.t().flatten())
 
-# %% ../nbs/31_megatron.ipynb #b03d9e46
+# %% ../nbs/31_megatron.ipynb #fa9b87ca
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 def check_llama(hf) -> None:
@@ -263,7 +262,7 @@ def check_llama(hf) -> None:
         raise UserError("model: its config.json cannot be trained here: " + ", ".join(f"{k} is {v!r}" for k, v in wrong.items())
                         + "; Llama 2 and 3, SmolLM and others of model_type llama without biases can")
 
-# %% ../nbs/31_megatron.ipynb #d3636464
+# %% ../nbs/31_megatron.ipynb #bad19c26
 def transformer_config(hf, layout: Layout = Layout(), bf16: bool = False) -> TransformerConfig:
     "megatron-core's configuration for a transformers Llama configuration. Fusions that need CUDA are off without it."
     check_llama(hf)
@@ -278,7 +277,7 @@ def transformer_config(hf, layout: Layout = Layout(), bf16: bool = False) -> Tra
         use_cpu_initialization=True, persist_layer_norm=False, masked_softmax_fusion=False, bias_dropout_fusion=False,
         bias_activation_fusion=False, apply_rope_fusion=False, batch_p2p_comm=False)
 
-# %% ../nbs/31_megatron.ipynb #8411f7fb
+# %% ../nbs/31_megatron.ipynb #515153ec
 def initialize(layout: Layout = Layout(), seed: int = 0) -> torch.device:
     "Join the process group and place this process in the layout; where there is no CUDA, use the CPU. Returns its device."
     cuda = torch.cuda.is_available()
@@ -298,7 +297,7 @@ def build_model(hf, config: TransformerConfig) -> Llama:
                  share_embeddings_and_output_weights=hf.tie_word_embeddings, position_embedding_type="rope",
                  rotary_base=rope["rope_theta"], rope_scaling=rope.get("rope_type") == "llama3", rope_scaling_factor=rope.get("factor", 1.0))
 
-# %% ../nbs/31_megatron.ipynb #96bf9abd
+# %% ../nbs/31_megatron.ipynb #1801f75c
 def trainable(model: Llama, train: Train, bf16: bool) -> tuple[DistributedDataParallel, "MegatronOptimizer"]:
     "`model` in its precision behind data parallelism, and its AdamW (0.9, 0.95) with clipping, both megatron-core's."
     config = model.config
@@ -308,6 +307,7 @@ def trainable(model: Llama, train: Train, bf16: bool) -> tuple[DistributedDataPa
                               adam_beta2=0.95, adam_eps=1e-8, clip_grad=train.clip_grad, bf16=bf16,
                               params_dtype=torch.bfloat16 if bf16 else torch.float32)
     optimizer = get_megatron_optimizer(options, [ddp], config_overrides=get_standard_config_overrides(options))
-    for group in optimizer.param_groups: group |= {"fused": True, "foreach": False}
+    for group in optimizer.param_groups:
+        group |= {"fused": True, "foreach": False, "weight_decay": train.weight_decay * group["wd_mult"]}
     config.finalize_model_grads_func, config.no_sync_func = finalize_model_grads, ddp.no_sync
     return ddp, optimizer

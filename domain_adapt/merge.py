@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_NORMALIZE', 'CANCELS', 'FLOATS', 'CARRIED', 'TALK', 'SHARD_BYTES', 'Recipe', 'recipe', 'common_dtype',
            'check_mergeable', 'carry_over', 'rendered', 'check_merged', 'merge']
 
-# %% ../nbs/51_merge.ipynb #fe00c897
+# %% ../nbs/51_merge.ipynb #5f45a2fa
 import json, shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .models import load_tokenizer
 from .params import Candidate, UserError
 from .runs import whole_folder, write_json, write_text
 
-# %% ../nbs/51_merge.ipynb #6f0a3595
+# %% ../nbs/51_merge.ipynb #7c356939
 @dataclass(frozen=True)
 class Recipe:
     "A merge as mergekit takes it, its settings in short, the seed of its masks (or None), what to say of it."
@@ -41,7 +41,7 @@ class Recipe:
         command = f"# mergekit-yaml mergekit_config.yml OUT{seed}, beside folders of the models' names\n"
         return command + yaml.safe_dump(self.config, sort_keys=False)
 
-# %% ../nbs/51_merge.ipynb #c3456932
+# %% ../nbs/51_merge.ipynb #335f9484
 def _models(candidate: Candidate, sibling: bool) -> dict:
     "mergekit's `models`, `base_model` and method parameters, but for `normalize`."
     entry = lambda name, **parameters: {"model": name, "parameters": parameters}
@@ -57,7 +57,7 @@ def _models(candidate: Candidate, sibling: bool) -> dict:
                                  f"1 - weight, so it must not be above 1 (given: {weight})")
     return {"base_model": "base", "models": [trained, entry("original", weight=rest, density=1.0)]}
 
-# %% ../nbs/51_merge.ipynb #d4778478
+# %% ../nbs/51_merge.ipynb #966eeb87
 DEFAULT_NORMALIZE = {"ties": True, "dare_ties": False}  # mergekit's own
 CANCELS = ("Only the CPT model differs from the base, so normalize: true {verb} the weight out again, "
            "(w·δ)/w = δ: {so}.")
@@ -70,7 +70,7 @@ def _normalize(candidate: Candidate, sibling: bool) -> tuple[bool, str]:
     used = f"normalize: false is used, and {weight} scales what density {candidate.density:g} keeps"
     return False, CANCELS.format(verb="would divide", so=used) if asked is None else ""
 
-# %% ../nbs/51_merge.ipynb #646eaeb6
+# %% ../nbs/51_merge.ipynb #0cdeb95f
 def recipe(candidate: Candidate, *, sibling: bool = False, dtype: str = "float32", seed: int = 0) -> Recipe:
     "mergekit's configuration of a candidate. `sibling`: the base is not the original. `seed`: DARE's."
     config = {"merge_method": candidate.method, **_models(candidate, sibling), "dtype": dtype}
@@ -84,7 +84,7 @@ def recipe(candidate: Candidate, *, sibling: bool = False, dtype: str = "float32
     note = f"{note} Its mask is drawn with seed {seed}; another seed gives another model.".strip()
     return Recipe(candidate.name, config, settings, seed, note)
 
-# %% ../nbs/51_merge.ipynb #70d6347f
+# %% ../nbs/51_merge.ipynb #dcce5d3f
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 def common_dtype(folders: Iterable[Path]) -> str:
@@ -110,7 +110,7 @@ def check_mergeable(models: Mapping[str, Path]) -> None:
             raise UserError(f"{folder}: is both the original and the {name} model: there is nothing to merge")
         _compare(Weights(folder).shapes, wanted, f"{name} model {folder}")
 
-# %% ../nbs/51_merge.ipynb #77b4248a
+# %% ../nbs/51_merge.ipynb #4656ccac
 CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
            "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "additional_chat_templates",
            "LICENSE*", "NOTICE*")
@@ -125,7 +125,7 @@ def carry_over(original: Path, folder: Path, dtype: str) -> None:
         config.pop("torch_dtype", None)
         write_json(folder / "config.json", config | {"dtype": dtype})
 
-# %% ../nbs/51_merge.ipynb #270fbde4
+# %% ../nbs/51_merge.ipynb #8dbdba6b
 TALK = [{"role": "user", "content": "What is revenue?"},
         {"role": "assistant", "content": "Income from sales."}]
 
@@ -134,7 +134,7 @@ def rendered(folder: Path) -> str | None:
     tokenizer = load_tokenizer(folder)
     return tokenizer.apply_chat_template(TALK, tokenize=False) if tokenizer.chat_template else None
 
-# %% ../nbs/51_merge.ipynb #a32c46ee
+# %% ../nbs/51_merge.ipynb #84ef8d8c
 def check_merged(folder: Path, original: Path, dtype: str) -> str:
     """Raise `UserError` unless the merge is finite, has the original's tensors in `dtype` and its template.
     Gives a sentence where the merge is the original again, else nothing."""
@@ -149,7 +149,7 @@ def check_merged(folder: Path, original: Path, dtype: str) -> str:
     if not all(torch.equal(t, source[k].to(t.dtype)) for k, t in merged.items()): return ""
     return "Every weight equals the original's: what the merge adds is nothing or lost to rounding."
 
-# %% ../nbs/51_merge.ipynb #2fb0cc35
+# %% ../nbs/51_merge.ipynb #96aac8df
 SHARD_BYTES = 2_000_000_000
 
 def _located(config: dict, models: Mapping[str, Path]) -> MergeConfiguration:

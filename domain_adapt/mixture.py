@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['mixture', 'check_mixture', 'epochs']
 
-# %% ../nbs/20_mixture.ipynb #1e817597
+# %% ../nbs/20_mixture.ipynb #3f9e5815
 import pandas as pd
 from .params import Params, UserError
 
-# %% ../nbs/20_mixture.ipynb #b83d0a8e
+# %% ../nbs/20_mixture.ipynb #90b6d444
 def mixture(params: Params, counts: pd.DataFrame) -> pd.DataFrame:
     """The blend of the training corpora: corpus, asked, documents, tokens, share.
 
@@ -25,7 +25,7 @@ def mixture(params: Params, counts: pd.DataFrame) -> pd.DataFrame:
     table["share"] = table["tokens"] / max(table["tokens"].sum(), 1)
     return table[["corpus", "asked", "documents", "tokens", "share"]]
 
-# %% ../nbs/20_mixture.ipynb #cb6580fa
+# %% ../nbs/20_mixture.ipynb #69d9faeb
 def check_mixture(params: Params, table: pd.DataFrame) -> None:
     "Raises `UserError` where the blend has nothing to learn, nothing to replay, or not enough for one batch."
     length, batch, replay = params.tokens.sequence_length, params.train.global_batch, params.tokens.replay
@@ -46,7 +46,7 @@ def check_mixture(params: Params, table: pd.DataFrame) -> None:
         raise UserError(f"corpora.{row.corpus}: {row.tokens} training tokens are fewer than one sequence "
                         f"(tokens.sequence_length {length} + 1); add documents or lower it")
 
-# %% ../nbs/20_mixture.ipynb #404cc4e9
+# %% ../nbs/20_mixture.ipynb #ba2ab841
 def epochs(params: Params, table: pd.DataFrame) -> pd.DataFrame:
     "Times training will go through each corpus: asked x steps x global batch x sequence length / tokens."
     seen = table["asked"] * params.train.steps * params.train.global_batch * params.tokens.sequence_length

@@ -6,14 +6,14 @@
 __all__ = ['TOKENIZER_FILES', 'PACKAGED', 'check_folder', 'get_model', 'load_tokenizer', 'load_model', 'bf16_speedup',
            'best_dtype', 'usable_cores', 'tune_cpu']
 
-# %% ../nbs/03_models.ipynb #29959738
+# %% ../nbs/03_models.ipynb #80a6cefa
 import ctypes, functools, json, os, platform, re, time
 from pathlib import Path
 from .assets import ASSETS, cached, resolve
 from .params import UserError
 from .runs import local_path, progress
 
-# %% ../nbs/03_models.ipynb #26394de8
+# %% ../nbs/03_models.ipynb #65318cba
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 def _check_weights(folder: Path, name: str) -> None:
@@ -39,7 +39,7 @@ def check_folder(folder: Path, name: str) -> Path:
                         f"add it: AutoTokenizer.from_pretrained(...).save_pretrained({str(folder)!r})")
     return folder
 
-# %% ../nbs/03_models.ipynb #8e6611ec
+# %% ../nbs/03_models.ipynb #41a09086
 PACKAGED = tuple(name for name, asset in ASSETS.items() if asset.members == "*.gguf")
 
 def _write_weights(gguf: Path, folder: Path) -> None:
@@ -65,7 +65,7 @@ def _write_tokenizer(gguf: Path, folder: Path) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.save_pretrained(folder)
 
-# %% ../nbs/03_models.ipynb #5112ccfd
+# %% ../nbs/03_models.ipynb #0163b402
 def _packaged(name: str) -> Path:
     "The packaged model `name` as an HF folder in the cache. Later calls import nothing heavy."
     def make(folder: Path) -> None:
@@ -74,7 +74,7 @@ def _packaged(name: str) -> Path:
             write(gguf, folder)
     return cached(f"models/{name}-{ASSETS[name].sha256[:12]}", make)
 
-# %% ../nbs/03_models.ipynb #80571322
+# %% ../nbs/03_models.ipynb #fc77fda6
 def _from_hub(name: str) -> Path:
     "The hub model `name` (`owner/model`): configuration, tokenizer and safetensors only. Raises `UserError`."
     from huggingface_hub import snapshot_download
@@ -98,7 +98,7 @@ def get_model(name: str) -> Path:
     raise UserError(f"model {name}: neither a packaged model ({', '.join(PACKAGED)}), a folder, s3://... "
                     "nor a hub id (owner/model)")
 
-# %% ../nbs/03_models.ipynb #8e77db6c
+# %% ../nbs/03_models.ipynb #13649885
 def load_tokenizer(folder: str | Path):
     "The fast tokenizer of an HF folder. Raises `UserError` where there is none."
     from transformers import AutoTokenizer
@@ -124,7 +124,7 @@ def load_model(folder: str | Path, dtype: str):
                         f"or of another shape, such as {gone[0]}")
     return model.eval()
 
-# %% ../nbs/03_models.ipynb #299b9888
+# %% ../nbs/03_models.ipynb #53b0b851
 @functools.cache
 def bf16_speedup() -> float:
     "How many times faster this CPU multiplies 1024 x 1024 matrices in bf16 than in fp32, measured once."
@@ -144,7 +144,7 @@ def best_dtype(setting: str) -> str:
     if setting != "auto": return setting
     return "bf16" if bf16_speedup() >= 1.3 else "fp32"
 
-# %% ../nbs/03_models.ipynb #1e2442e3
+# %% ../nbs/03_models.ipynb #45d32da5
 def usable_cores() -> int:
     "`OMP_NUM_THREADS`, or the physical cores this process may run on, not more than its cgroup's share."
     if given := os.environ.get("OMP_NUM_THREADS", ""): return int(given)

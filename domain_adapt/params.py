@@ -7,7 +7,7 @@ __all__ = ['Number', 'Share', 'Positive', 'Name', 'UserError', 'Strict', 'Corpus
            'Train', 'Candidate', 'Select', 'Merge', 'Perplexity', 'Suite', 'Evaluate', 'Report', 'Params', 'read_yaml',
            'validate', 'set_key', 'load_params']
 
-# %% ../nbs/00_params.ipynb #cd3ae161
+# %% ../nbs/00_params.ipynb #c0ce8b1e
 import difflib, re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,11 +15,11 @@ import yaml
 from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError,
                       field_validator, model_validator)
 
-# %% ../nbs/00_params.ipynb #db362fda
+# %% ../nbs/00_params.ipynb #13b4528f
 class UserError(Exception):
     "Something the user can mend: the message names the file, the key, the value and the way out."
 
-# %% ../nbs/00_params.ipynb #3159eb5f
+# %% ../nbs/00_params.ipynb #6a37f323
 def _number(value: Any) -> Any:
     "YAML 1.1 reads `2e-4` as text; take such text for the number it is."
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value): return float(value)
@@ -34,7 +34,7 @@ class Strict(BaseModel):
     "A section of the YAML: unknown keys and wrong types are errors, values never change."
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-# %% ../nbs/00_params.ipynb #e5be95a3
+# %% ../nbs/00_params.ipynb #e49390fa
 class Corpus(Strict):
     "One source of documents: what it counts as, where it is, and what of it is held out."
     kind: Literal["domain", "general"]
@@ -58,7 +58,7 @@ class Tokens(Strict):
     sequence_length: Annotated[int, Field(ge=8)] = 512
     replay: Annotated[Share, Field(lt=1)] = 0.05
 
-# %% ../nbs/00_params.ipynb #e0b18629
+# %% ../nbs/00_params.ipynb #ea38d0e7
 class Layout(Strict):
     "Tensor, pipeline and context parallel sizes; what is left of the processes is data parallel."
     tp: PositiveInt = 1
@@ -98,7 +98,7 @@ class Train(Strict):
         if 1.0 not in self.export_at: raise ValueError("export_at must hold 1.0, the end of training")
         return self
 
-# %% ../nbs/00_params.ipynb #bd6591f6
+# %% ../nbs/00_params.ipynb #dbc60ae6
 class Candidate(Strict):
     "One merge: `weight` (and `density`) of the CPT model's task vector, or SLERP's `t`."
     name: Name
@@ -137,6 +137,8 @@ class Merge(Strict):
         names = [c.name for c in v]
         for n in names:
             if names.count(n) > 1: raise ValueError(f"two candidates are called {n}")
+            if n in ("original", "base", "cpt") or n.startswith("cpt@") or n.endswith((".csv", ".json")):
+                raise ValueError(f"the name {n} is taken by another variant or file of the stage")
         return v
 
 class Perplexity(Strict):
@@ -159,7 +161,7 @@ class Report(Strict):
     "The published page."
     title: str = "Domain adaptation report"
 
-# %% ../nbs/00_params.ipynb #701d93b0
+# %% ../nbs/00_params.ipynb #e67e4192
 class Params(Strict):
     "One run. Its fields are the YAML's top-level keys and the stage notebooks' parameters."
     run: Name
@@ -183,7 +185,7 @@ class Params(Strict):
                              "add one or set tokens.replay: 0")
         return self
 
-# %% ../nbs/00_params.ipynb #cae34da5
+# %% ../nbs/00_params.ipynb #cac4965c
 class _Loader(yaml.SafeLoader): "Safe YAML that refuses a key given twice."
 
 def _mapping(loader, node):
@@ -207,7 +209,7 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(data, dict): raise UserError(f"{path}: must be a mapping of keys to values")
     return data
 
-# %% ../nbs/00_params.ipynb #4226bdb2
+# %% ../nbs/00_params.ipynb #9d099811
 def _fields_at(loc: tuple) -> list[str]:
     "Names of the fields that stand beside the last part of `loc`."
     model: Any = Params
@@ -239,7 +241,7 @@ def validate(data: dict, where: str = "params") -> Params:
         lines = list(dict.fromkeys(_explain(x) for x in e.errors()))
         raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
 
-# %% ../nbs/00_params.ipynb #4930e2cf
+# %% ../nbs/00_params.ipynb #3969cd3a
 def set_key(data: dict, assignment: str) -> None:
     "Apply `a.b=value` (the value read as YAML) to `data`, in place."
     key, eq, value = assignment.partition("=")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bars', 'run_stages', 'check']
 
-# %% ../nbs/70_pipeline.ipynb #cdb4d695
+# %% ../nbs/70_pipeline.ipynb #df5d0887
 import ctypes, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 from doit.cmd_base import ModuleTaskLoader
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from .params import Params, UserError
 from .runs import ROOT, STAGES, Run, enter, local_path, note_done, notebook_path, up_to_date
 
-# %% ../nbs/70_pipeline.ipynb #032346e2
+# %% ../nbs/70_pipeline.ipynb #39c23adb
 class Bars:
     "Draws what `runs.progress` reports to the file at `path`, until closed."
     def __init__(self, path: Path, console: Console):
@@ -47,7 +47,7 @@ class Bars:
 
     def __exit__(self, *_): self.over.set(); self.thread.join(); self.bars.stop()
 
-# %% ../nbs/70_pipeline.ipynb #6d10fd51
+# %% ../nbs/70_pipeline.ipynb #c268d445
 def _die_with_parent() -> None:
     "In a child, before exec: be told to end when the parent is gone (Linux)."
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -64,7 +64,7 @@ def _failure(executed: Path, log: str) -> tuple[str, str]:
     errors = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
     return (errors[0]["ename"], errors[0]["evalue"]) if errors else ("the notebook's kernel ended", log[-2000:])
 
-# %% ../nbs/70_pipeline.ipynb #24d26173
+# %% ../nbs/70_pipeline.ipynb #baedd19c
 def _execute(run: Run, name: str, console: Console) -> None:
     "Run a stage's notebook to its end. Raises `UserError` with the error of the cell that failed."
     stage, number = enter(run, name), f"{STAGES.index(name) + 1}_{name}"
@@ -95,7 +95,7 @@ def _keep(executed: Path, at: Path) -> None:
     shutil.copyfile(executed, beside)
     os.replace(beside, at)
 
-# %% ../nbs/70_pipeline.ipynb #f42d5a6f
+# %% ../nbs/70_pipeline.ipynb #45a3889a
 class _Reporter:
     "doit's reporter: one line a stage; errors are raised by `run_stages`."
     desc, console = "one line a stage", Console()
@@ -112,7 +112,7 @@ class _Reporter:
     def teardown_task(self, task): pass
     def complete_run(self): pass
 
-# %% ../nbs/70_pipeline.ipynb #cbe5dc86
+# %% ../nbs/70_pipeline.ipynb #967bc85a
 def run_stages(params: Params, until: str = "report", force: str | None = None) -> Run:
     """Bring every stage up to `until` up to date; `force` does that stage again even so.
 
@@ -141,7 +141,7 @@ def run_stages(params: Params, until: str = "report", force: str | None = None) 
     if code: raise RuntimeError(f"doit ended with code {code}")
     return run
 
-# %% ../nbs/70_pipeline.ipynb #e2c45892
+# %% ../nbs/70_pipeline.ipynb #8f1960cb
 def _missing(path: str) -> str | None:
     "Why there can be nothing at `path`, without fetching anything; None where there may be."
     from domain_adapt.assets import ASSETS

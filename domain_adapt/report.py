@@ -8,7 +8,7 @@ __all__ = ['TABLES', 'FORGOT', 'WIDTHS', 'CAPTIONS', 'SCORES', 'ITEMS', 'AGAIN',
            'sample', 'abstract', 'headline', 'Plate', 'fold', 'table_link', 'plate_html', 'facts', 'plates', 'plain',
            'tiles', 'front_page', 'publisher', 'stage_page', 'build_site', 'build_report']
 
-# %% ../nbs/61_report.ipynb #4aeb0d26
+# %% ../nbs/61_report.ipynb #47bcf93a
 import html, json, re, shutil, subprocess, sys, tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .figures import human, in_order, minus, reported, table_html
 from .params import Params
 from .runs import ROOT, STAGES, environment, outputs, progress, write_csv, write_json, write_text
 
-# %% ../nbs/61_report.ipynb #776a5a94
+# %% ../nbs/61_report.ipynb #bfc52953
 def interval(drawn: np.ndarray) -> dict[str, float | None] | None:
     "Value and 95 % interval of an array of draws; None for what is undefined, the interval or both."
     low, high = (float(x) if np.isfinite(x) else None for x in stats.interval(drawn))
@@ -44,7 +44,7 @@ def measures(bits: dict[str, dict[str, np.ndarray]],
             "retention": one(lambda v: stats.retention(-d["original"], -d["cpt"], -d[v])),
             "recovery": one(lambda v: stats.recovery(-a["original"], -a["cpt"], -a[v]))}
 
-# %% ../nbs/61_report.ipynb #92acb31a
+# %% ../nbs/61_report.ipynb #9bc83a70
 def tradeoff_table(gain: dict[str, dict | None], change: dict[str, dict | None]) -> pd.DataFrame:
     "Gain and forgetting (%) of each variant with 95 % intervals, and whether it is on the front."
     rows = [[v, *gain[v].values(), *change[v].values()] for v in gain if gain[v] and change[v]]
@@ -52,7 +52,7 @@ def tradeoff_table(gain: dict[str, dict | None], change: dict[str, dict | None])
                                         "forgetting_low", "forgetting_high"])
     return table.assign(on_front=figures.front(table["gain"], table["forgetting"]) if rows else False)
 
-# %% ../nbs/61_report.ipynb #1afb60dc
+# %% ../nbs/61_report.ipynb #872730c7
 TABLES = {"funnel": "ingest", "mixture": "tokens", "sweep": "merge", "geometry": "merge",
           "perplexity": "evaluate",
           "benchmarks": "evaluate", "comparisons": "evaluate", "blocks": "evaluate"}
@@ -69,7 +69,7 @@ def read_tables(folders: dict[str, Path]) -> dict[str, pd.DataFrame]:
                                                                                                    lines=True)
     return {n: t for n, t in tables.items() if len(t)}
 
-# %% ../nbs/61_report.ipynb #329461b9
+# %% ../nbs/61_report.ipynb #2da5e814
 def _heldout(blocks: pd.DataFrame, kinds: dict[str, str]) -> dict[str, dict]:
     "What was measured of each corpus: documents, blocks, tokens and bytes of one variant."
     one = blocks[blocks["variant"] == blocks["variant"].iloc[0]]
@@ -87,7 +87,7 @@ def _scores(benchmarks: pd.DataFrame | None) -> dict[str, dict]:
                                                              high=float(r["ci_high"]), n=int(r["n"]))
     return found
 
-# %% ../nbs/61_report.ipynb #184ebd0c
+# %% ../nbs/61_report.ipynb #c510ba47
 def summarise(params: Params, folders: dict[str, Path], tables: dict[str, pd.DataFrame]) -> dict:
     "The contract's summary: headline numbers computed from the tables, None where one is undefined."
     kinds, blocks = {n: c.kind for n, c in params.corpora.items()}, reported(tables["blocks"])
@@ -117,7 +117,7 @@ def _variant(name: str) -> str:
     "A variant's full name; candidates are known by their bare names."
     return name if name in ("original", "base") or name.startswith(("cpt", "merge:")) else f"merge:{name}"
 
-# %% ../nbs/61_report.ipynb #4d22e5ce
+# %% ../nbs/61_report.ipynb #24bfa649
 def told(i: dict | None, worse: bool = False) -> str:
     "What an interval of a change says: better, worse or cannot tell. `worse`: a rise is a loss."
     if not i or i["low"] is None or i["low"] <= 0 <= i["high"]: return "cannot tell"
@@ -135,7 +135,7 @@ def listed(items: Iterable[str]) -> str:
     *head, last = list(items) or ["nothing"]
     return f"{', '.join(head)} and {last}" if head else last
 
-# %% ../nbs/61_report.ipynb #7422cba7
+# %% ../nbs/61_report.ipynb #01e80fa6
 def sample(summary: dict, kind: str) -> str:
     "What the intervals rest on: blocks and documents of each corpus of a kind, and what was drawn again."
     def said(corpus: str, h: dict) -> str:
@@ -164,7 +164,7 @@ def _forgot(s: dict) -> str:
     if not change: return "No general text was held out, so forgetting was not measured."
     return f"General text {FORGOT[told(change, True)]}: its bits per byte moved by {cell(change)}."
 
-# %% ../nbs/61_report.ipynb #ef84419c
+# %% ../nbs/61_report.ipynb #b750b3b3
 def _merged(s: dict) -> str:
     w = s["winner"]
     if w not in s["gain_percent"]: return s["outcome"] or ""
@@ -190,7 +190,7 @@ def abstract(summary: dict, comparisons: pd.DataFrame | None) -> list[str]:
               "Brackets hold 95\N{NO-BREAK SPACE}% intervals."]]
     return [" ".join(sentence for sentence in p if sentence) for p in parts]
 
-# %% ../nbs/61_report.ipynb #f121fbdd
+# %% ../nbs/61_report.ipynb #db67a5ab
 def headline(summary: dict) -> pd.DataFrame:
     "Bits per byte of each variant, their changes against the original, and what can be told, as text."
     rows = []
@@ -205,7 +205,7 @@ def headline(summary: dict) -> pd.DataFrame:
                      else told(change, True)})
     return pd.DataFrame(rows)
 
-# %% ../nbs/61_report.ipynb #2a2e2192
+# %% ../nbs/61_report.ipynb #e6f4c359
 @dataclass(frozen=True)
 class Plate:
     "A section of the front page: heading, table (named as its CSV), drawing, caption, and the rows shown."
@@ -233,7 +233,7 @@ def plate_html(plate: Plate, data: pd.DataFrame, number: int) -> str:
     table = fold(f"Table: {n} rows · {table_link(plate.table)}", table, n <= 10)
     return f'<figure class="plate" id="figure-{number}">{drawn}{caption}</figure>{table}'
 
-# %% ../nbs/61_report.ipynb #409ea737
+# %% ../nbs/61_report.ipynb #5b58f289
 CAPTIONS = {
     "tradeoff": "What the domain gained against what general text lost, in % of the original's bits per "
                 "byte, with 95 % paired intervals; dashed: the variants no other beats on both. "
@@ -261,7 +261,7 @@ def facts(tables: dict[str, pd.DataFrame], summary: dict) -> dict[str, str]:
                 items=" to ".join(f"{n:,}" for n in dict.fromkeys(items[:1] + items[-1:])),
                 select=listed(f"{len(b):,} ({c})" for c, b in half.groupby("corpus", sort=False)))
 
-# %% ../nbs/61_report.ipynb #836b6e75
+# %% ../nbs/61_report.ipynb #708df126
 SCORES = ["variant", "corpus", "documents", "blocks", "tokens", "token_perplexity", "bits_per_byte", "ci_low",
           "ci_high"]
 ITEMS = ["variant", "task", "metric", "value", "ci_low", "ci_high", "n", "fewshot"]
@@ -286,7 +286,7 @@ def plates(tables: dict[str, pd.DataFrame], summary: dict, params: Params) -> li
     return [Plate(heading, csv.get(name, name), draw, CAPTIONS[name].format(**known), rows[name])
             for name, heading, draw in order if csv.get(name, name) in tables and len(rows[name])]
 
-# %% ../nbs/61_report.ipynb #b1790d50
+# %% ../nbs/61_report.ipynb #52e6c58d
 def plain(text: str) -> str:
     "A title on one line that cannot be markup."
     return " ".join(text.replace("<", "‹").replace(">", "›").split())
@@ -316,7 +316,7 @@ def _notes(s: dict) -> str:
     parts = [html.escape(p) for p in (s["rule"], s["outcome"]) if p] + notes
     return "".join(f"<p>{p}</p>" for p in parts)
 
-# %% ../nbs/61_report.ipynb #ccc8cd2b
+# %% ../nbs/61_report.ipynb #55fb3c0a
 AGAIN = """
 ## Run it again
 
@@ -337,7 +337,7 @@ def _again(s: dict) -> str:
     table = table_html(pd.DataFrame(made.items(), columns=["what", "which"]), "Versions")
     return AGAIN.format(run=s["run"]) + _raw(SUMMARY + fold("Seed, precision and versions", table))
 
-# %% ../nbs/61_report.ipynb #64fd5b67
+# %% ../nbs/61_report.ipynb #18be36b7
 def front_page(summary: dict, tables: dict[str, pd.DataFrame], shown: list[Plate], pages: list[str]) -> str:
     "The Markdown of index.html."
     compared = tables.get("comparisons")
@@ -352,7 +352,7 @@ def front_page(summary: dict, tables: dict[str, pd.DataFrame], shown: list[Plate
     toc = ["\n```{toctree}", ":hidden:", ":caption: Stages", "", *pages, "```", ""]
     return "\n".join([*part, _again(summary), *toc])
 
-# %% ../nbs/61_report.ipynb #2b915cbb
+# %% ../nbs/61_report.ipynb #07d2e2ee
 SAFE = {"text/html", "text/plain", "image/png", "image/svg+xml"}
 
 def _strings(x) -> list[str]:
@@ -391,7 +391,7 @@ def stage_page(notebook: dict, public: Callable[[str], str]) -> nbformat.Noteboo
     metadata = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
     return nbformat.from_dict({**notebook, "cells": cells, "metadata": metadata})
 
-# %% ../nbs/61_report.ipynb #283ea5ab
+# %% ../nbs/61_report.ipynb #7bd513b1
 CONF = """
 project = html_title = {title}
 author = ""
@@ -415,7 +415,7 @@ html_extra_path = ["extra"]
 html_show_sphinx = html_copy_source = html_show_sourcelink = html_show_copyright = html_use_index = False
 """
 
-# %% ../nbs/61_report.ipynb #51ffd0cf
+# %% ../nbs/61_report.ipynb #44cd8938
 LAYOUT = """
 html { --figure-ink: var(--pst-color-text-base); --figure-muted: var(--pst-color-text-muted);
        --figure-grid: var(--pst-color-border); --figure-card: var(--pst-color-background); }
@@ -439,7 +439,7 @@ article.bd-article h2 { font-size: 1.55rem; margin: 3rem 0 1rem; }
 .plate .narrow { display: none; }
 """
 
-# %% ../nbs/61_report.ipynb #99edcec1
+# %% ../nbs/61_report.ipynb #ac4f40b4
 PARTS = """
 .rows { overflow: auto; max-height: 30rem; margin-bottom: 1rem; }
 .cell_output { overflow-x: auto; }
@@ -467,7 +467,7 @@ html[data-theme="dark"] .bd-content div.cell_output .text_html {
 @media print { .plate, .tiles { break-inside: avoid; } .rows { max-height: none; } }
 """
 
-# %% ../nbs/61_report.ipynb #7458f515
+# %% ../nbs/61_report.ipynb #135dd126
 def build_site(title: str, pages: dict[str, str], extra: dict[str, str], out: Path) -> None:
     "Build `pages` (file name to source, .md or .ipynb) and `extra` files into the site at `out`."
     with tempfile.TemporaryDirectory() as tmp:
@@ -483,7 +483,7 @@ def build_site(title: str, pages: dict[str, str], extra: dict[str, str], out: Pa
     for unused in (*out.rglob("*.map"), out / ".buildinfo", out / "objects.inv"):
         unused.unlink(missing_ok=True)
 
-# %% ../nbs/61_report.ipynb #a8af391b
+# %% ../nbs/61_report.ipynb #b0bbb03d
 def build_report(params: Params, folders: dict[str, Path], out: Path) -> None:
     "Stage 6: the site in `out`, with its tables and summary; `summary.json` in the run's folder as well."
     with progress(total=3, description="report") as bar:

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'ROOT', 'PACKAGE', 'DRAWING', 'DATA', 'write_bytes', 'write
            'progress', 'outputs', 'notebook_path', 'digest', 'modules_used', 'local_path', 'fingerprint', 'environment',
            'locked', 'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'open_stage']
 
-# %% ../nbs/01_runs.ipynb #ee6eb0d3
+# %% ../nbs/01_runs.ipynb #1f6b4569
 import ast, contextlib, fcntl, hashlib, importlib.metadata, json, os, platform, shutil, tempfile, time, uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Any
 import domain_adapt
 from .params import Params, UserError, load_params, validate
 
-# %% ../nbs/01_runs.ipynb #83e80cba
+# %% ../nbs/01_runs.ipynb #ee15c46f
 def _sync_folder(path: Path) -> None:
     "Make a rename in `path` durable."
     fd = os.open(path, os.O_RDONLY)
@@ -39,7 +39,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise
     _sync_folder(path.parent)
 
-# %% ../nbs/01_runs.ipynb #2c8fe5fe
+# %% ../nbs/01_runs.ipynb #d119d40b
 def write_text(path: str | Path, text: str) -> None:
     "Write UTF-8 `text` to `path`, whole or not at all."
     write_bytes(path, text.encode())
@@ -52,7 +52,7 @@ def write_csv(path: str | Path, frame) -> None:
     "Write a pandas frame without its index, numbers as exact as they are, whole or not at all."
     write_text(path, frame.to_csv(index=False, lineterminator="\n"))
 
-# %% ../nbs/01_runs.ipynb #8449457b
+# %% ../nbs/01_runs.ipynb #77339bc7
 @contextlib.contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
     "A temporary folder beside `path`; it takes that name when the block ends well and vanishes when it does not."
@@ -72,7 +72,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         raise
     _sync_folder(path.parent)
 
-# %% ../nbs/01_runs.ipynb #68c34785
+# %% ../nbs/01_runs.ipynb #c9619057
 class _Reported:
     "A bar that another process draws: same use as tqdm, at most five lines a second."
     def __init__(self, file: str, iterable: Iterable | None, total: int | None, description: str):
@@ -101,7 +101,7 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
     from tqdm.auto import tqdm
     return tqdm(iterable, total=total, desc=description)
 
-# %% ../nbs/01_runs.ipynb #a218af0e
+# %% ../nbs/01_runs.ipynb #c44bee7a
 STAGES = ("ingest", "tokens", "train", "merge", "evaluate", "report")
 ROOT = Path(domain_adapt.__file__).resolve().parent.parent
 PACKAGE = ROOT / "domain_adapt"
@@ -118,7 +118,7 @@ def digest(*parts: Any) -> str:
     "16 hex digits of the sha256 of JSON-able parts, in order."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/01_runs.ipynb #6b0176be
+# %% ../nbs/01_runs.ipynb #65d1e222
 def _imports(source: str, module: str = "") -> set[str]:
     "Modules of this package that Python `source` imports anywhere, as dotted names below the package."
     inside, found = module.split(".")[:-1], set()
@@ -144,7 +144,7 @@ def modules_used(source: str, without: frozenset[str] = frozenset()) -> list[str
         todo = {m for name in todo for m in _imports(_module_file(name).read_text(), name)} - seen - without
     return sorted(seen)
 
-# %% ../nbs/01_runs.ipynb #2d67965e
+# %% ../nbs/01_runs.ipynb #728217e6
 DRAWING = frozenset({"figures", "report"})
 DATA = {"benchmarks": "tasks"}
 
@@ -161,7 +161,7 @@ def _code(stage: str) -> dict[str, str]:
     code = {str(f.relative_to(PACKAGE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     return {"work": digest(_cells(stage, "work")), **code}
 
-# %% ../nbs/01_runs.ipynb #b8caa9ca
+# %% ../nbs/01_runs.ipynb #9b952a1c
 def local_path(path: str) -> Path | None:
     "`path` if it exists: absolute, or below the current folder or this clone. None otherwise."
     found = (p for p in (Path(path).expanduser(), ROOT / path) if p.exists())
@@ -191,7 +191,7 @@ def _section(params: Params, stage: str) -> Any:
         "evaluate": lambda: [evaluate, p["seed"], [fingerprint(s.data) for s in params.evaluate.suites.values()]],
         "report": lambda: [p["run"], p["report"]]}[stage]()
 
-# %% ../nbs/01_runs.ipynb #71e14387
+# %% ../nbs/01_runs.ipynb #9b9e1317
 def environment() -> dict[str, str]:
     "Python, platform and the versions of the packages a result can depend on."
     names = ["torch", "megatron-core", "transformers", "mergekit", "lm-eval", "datatrove", "trafilatura", "pandas", "numpy"]
@@ -206,7 +206,7 @@ def _hashes(folder: Path) -> dict[str, dict]:
         with f.open("rb") as h: return {"bytes": f.stat().st_size, "sha256": hashlib.file_digest(h, "sha256").hexdigest()}
     return {str(f.relative_to(folder)): one(f) for f in sorted(folder.rglob("*")) if f.is_file() and not f.is_symlink()}
 
-# %% ../nbs/01_runs.ipynb #c655cb7b
+# %% ../nbs/01_runs.ipynb #3bc930ca
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     "Hold the lock file `path`. Raises `UserError` at once where another process holds it."
@@ -220,7 +220,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         f.truncate(0); f.write(str(os.getpid())); f.flush()
         yield
 
-# %% ../nbs/01_runs.ipynb #0d191e3b
+# %% ../nbs/01_runs.ipynb #f03979b4
 @dataclass(frozen=True)
 class Stage:
     "One stage of one run: its key, its folder and the folders of the stages before it."
@@ -266,7 +266,7 @@ class Stage:
         self.record.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../nbs/01_runs.ipynb #9c35443d
+# %% ../nbs/01_runs.ipynb #6b848fd0
 class Run:
     "A run's folder and stages. Keys are computed once, without importing anything heavy."
     def __init__(self, params: Params):
@@ -301,7 +301,7 @@ class Run:
         try: return json.loads((self.folder / "manifest.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError): return {"run": self.params.run, "stages": {}}
 
-# %% ../nbs/01_runs.ipynb #4d629750
+# %% ../nbs/01_runs.ipynb #b510f36d
 def _link(at: Path, to: Path) -> None:
     "Point the symbolic link `at` to `to`, replacing it in one step."
     beside = at.with_name(f".{at.name}.{uuid.uuid4().hex[:8]}.part")
@@ -333,7 +333,7 @@ def up_to_date(run: Run, name: str) -> bool:
     return (entry.get("key") == run.keys[name] and entry.get("notebook_key") == run.notebook_key(name)
             and run.stage(name).complete and linked)
 
-# %% ../nbs/01_runs.ipynb #1f2a0ab4
+# %% ../nbs/01_runs.ipynb #794849eb
 def open_stage(name: str, given: dict[str, Any]) -> Stage:
     "The stage called `name` of the run that the notebook's parameters describe; `params/tiny.yaml` where all are None."
     given = {k: v for k, v in given.items() if v is not None}

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['warmed_up', 'cosine', 'learning_rate']
 
-# %% ../nbs/30_schedule.ipynb #98db28e5
+# %% ../nbs/30_schedule.ipynb #2568ed82
 import math
 from .params import Train
 
-# %% ../nbs/30_schedule.ipynb #7fdb9e29
+# %% ../nbs/30_schedule.ipynb #5cb84e3b
 def warmed_up(step: int, warmup: int) -> float:
     "Share of the full rate during linear re-warming: step/warmup, then 1."
     return min(1.0, step / warmup) if warmup else 1.0
 
-# %% ../nbs/30_schedule.ipynb #5f250f02
+# %% ../nbs/30_schedule.ipynb #5e9b58a7
 def cosine(done: float, high: float, low: float) -> float:
     "From `high` to `low` as `done` goes from 0 to 1: low + ½(high−low)(1+cos π·done)."
     return low + 0.5 * (high - low) * (1 + math.cos(math.pi * done))
 
-# %% ../nbs/30_schedule.ipynb #b8f7871b
+# %% ../nbs/30_schedule.ipynb #d76e0850
 def learning_rate(step: int, train: Train) -> float:
     "The rate of update `step` (1 ... train.steps) under `train.schedule`: re-warming, then cosine or constant."
     if step < train.warmup or train.schedule == "constant": return train.lr * warmed_up(step, train.warmup)

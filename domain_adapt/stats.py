@@ -7,13 +7,13 @@ __all__ = ['FEW', 'DRAWS', 'POWER', 'units', 'unit_label', 'resample', 'ratio_dr
            'Paired', 'paired', 'wilson', 'mcnemar', 'benjamini_hochberg', 'verdict', 'forgetting', 'recovery',
            'retention']
 
-# %% ../nbs/40_stats.ipynb #8e95b45e
+# %% ../nbs/40_stats.ipynb #8f0d3243
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-# %% ../nbs/40_stats.ipynb #1065709b
+# %% ../nbs/40_stats.ipynb #b4c54657
 FEW, DRAWS = 20, 5000
 
 def units(blocks: pd.DataFrame) -> list[str]:
@@ -25,7 +25,7 @@ def unit_label(documents: int) -> str:
     if documents >= FEW: return "over documents"
     return "within one document" if documents == 1 else f"within {documents} documents"
 
-# %% ../nbs/40_stats.ipynb #38f58c85
+# %% ../nbs/40_stats.ipynb #f4e5b709
 def resample(sums: np.ndarray, seed: int) -> np.ndarray:
     "Totals of `sums` (units x columns): row 0 as they are, then `DRAWS` draws of as many units with replacement."
     n, rng = len(sums), np.random.default_rng(seed)
@@ -33,7 +33,7 @@ def resample(sums: np.ndarray, seed: int) -> np.ndarray:
     drawn = [rng.multinomial(n, np.full(n, 1 / n), min(step, DRAWS - i)) @ sums for i in range(0, DRAWS, step)]
     return np.vstack([sums.sum(0, keepdims=True), *drawn])
 
-# %% ../nbs/40_stats.ipynb #809ded4b
+# %% ../nbs/40_stats.ipynb #4e9ca0ad
 def ratio_draws(top: np.ndarray, bottom: np.ndarray, seed: int) -> np.ndarray:
     """Draws of Σtop/Σbottom: `top` is units x variants, `bottom` has one number a unit; the result is
     (1 + DRAWS) x variants, row 0 measured, the rest widened for few units (all NaN for one unit)."""
@@ -49,7 +49,7 @@ def interval(drawn: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(drawn[1:], [0.025, 0.975])
     return float(low), float(high)
 
-# %% ../nbs/40_stats.ipynb #995b3d51
+# %% ../nbs/40_stats.ipynb #1627ae3d
 def bits_per_byte(nll: float | np.ndarray, size: float | np.ndarray) -> float | np.ndarray:
     "Nats over bytes as bits per byte: −ΣLL / (Σbytes · ln 2), as lm-eval has it."
     return nll / (size * np.log(2))
@@ -68,7 +68,7 @@ def draws(blocks: pd.DataFrame, seed: int) -> dict[str, dict[str, np.ndarray]]:
         found[corpus] = {v: drawn[:, i] for i, v in enumerate(nats.columns)}
     return found
 
-# %% ../nbs/40_stats.ipynb #d1c35448
+# %% ../nbs/40_stats.ipynb #e149c0d6
 POWER = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
 
 class Paired(NamedTuple):
@@ -86,7 +86,7 @@ def paired(a: np.ndarray, b: np.ndarray) -> Paired:
     tail = min((d[1:] <= 0).sum(), (d[1:] >= 0).sum())
     return Paired(float(d[0]), *interval(d), min(1.0, 2 * (tail + 1) / len(d)), POWER * float(d[1:].std(ddof=1)))
 
-# %% ../nbs/40_stats.ipynb #d5011ad2
+# %% ../nbs/40_stats.ipynb #2518bf36
 def wilson(right: int, n: int) -> tuple[float, float]:
     "95 % interval of an accuracy (Wilson's score interval)."
     low, high = stats.binomtest(int(right), int(n)).proportion_ci(0.95, method="wilson")
@@ -102,7 +102,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> Paired:
     error = np.sqrt(x + y - (x - y) ** 2 / n) / n
     return Paired((x - y) / n, max(-1.0, float(centre - half)), min(1.0, float(centre + half)), float(p), max(POWER * error, 6 / n))
 
-# %% ../nbs/40_stats.ipynb #bdcf5a3e
+# %% ../nbs/40_stats.ipynb #049c91d2
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     "q of each p; where p is NaN there is no test, and q is NaN."
     p = np.asarray(p, float)
@@ -115,7 +115,7 @@ def verdict(difference: float, q: float, lower_is_better: bool = False) -> str:
     if not q <= 0.05 or difference == 0: return "cannot tell"
     return "better" if (difference < 0) == lower_is_better else "worse"
 
-# %% ../nbs/40_stats.ipynb #c3741ee6
+# %% ../nbs/40_stats.ipynb #cf37c94d
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     "`part / whole` draw by draw; all NaN where the interval of `whole` covers 0 or is undefined."
     low, high = interval(whole)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'RULE', 'on_front', 'measure', 'sweep_table', 'choose', 'last_export', 'merge_candidates']
 
-# %% ../nbs/52_sweep.ipynb #e70784d7
+# %% ../nbs/52_sweep.ipynb #b8b1c495
 import json, shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,14 +19,14 @@ from .perplexity import heldout_blocks, score_blocks
 from .runs import progress, write_csv, write_json
 from .stats import draws, forgetting, recovery, retention
 
-# %% ../nbs/52_sweep.ipynb #b421de7e
+# %% ../nbs/52_sweep.ipynb #dfb1f74e
 def on_front(points: np.ndarray) -> np.ndarray:
     "Which rows of `points` (models x measures, less is better) no other row beats. NaN does not count."
     p = np.nan_to_num(points)
     no_worse, better = (p[:, None] <= p[None]).all(-1), (p[:, None] < p[None]).any(-1)
     return ~(no_worse & better).any(0)
 
-# %% ../nbs/52_sweep.ipynb #d63e21c3
+# %% ../nbs/52_sweep.ipynb #bc5496cb
 def measure(blocks: pd.DataFrame, seed: int) -> pd.DataFrame:
     """One row for every variant in `blocks`: mean bits per byte of each kind of corpus, retention, recovery,
     and forgetting in bits per byte. NaN where undefined."""
@@ -41,7 +41,7 @@ def measure(blocks: pd.DataFrame, seed: int) -> pd.DataFrame:
                        forgetting=forgetting(less("general", "original"), less("general", v))[0])
     return pd.DataFrame.from_dict(rows, orient="index")
 
-# %% ../nbs/52_sweep.ipynb #95c8a6ce
+# %% ../nbs/52_sweep.ipynb #3ed12ce3
 COLUMNS = ["name", "method", "parameters", "domain_bits_per_byte", "general_bits_per_byte", "retention",
            "recovery", "on_front"]
 
@@ -55,7 +55,7 @@ def sweep_table(blocks: pd.DataFrame, recipes: Sequence[Recipe], seed: int) -> p
     table["parameters"] = [json.dumps(parameters) for _, parameters in made.values()]
     return table.rename_axis("name").reset_index()[[*COLUMNS, "forgetting"]]
 
-# %% ../nbs/52_sweep.ipynb #aeaa5853
+# %% ../nbs/52_sweep.ipynb #69a1dbc1
 RULE = ("Among the merges on the front that forget at most {max_forgetting:g} bits per byte of general text, "
         "the one that retains most of what training gained on the domain. After it the rest of the front, "
         "those within the limit first, by retention; the first {keep} go on to the benchmarks.")
@@ -82,7 +82,7 @@ def choose(table: pd.DataFrame, rule: Select) -> dict:
                 outcome=_outcome(merges, winner, rule.max_forgetting),
                 forgetting={n: None if np.isnan(f) else f for n, f in merges["forgetting"].items()})
 
-# %% ../nbs/52_sweep.ipynb #490b08ec
+# %% ../nbs/52_sweep.ipynb #36a366d2
 def last_export(train: Path) -> Path:
     "The HF folder of the last step below a train stage. Raises `UserError` where there is none."
     exports = sorted((train / "hf").glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
@@ -104,14 +104,7 @@ def _check_room(models: Mapping[str, Path], candidates: int, out: Path) -> None:
     if free < size: raise UserError(f"{out}: the merges take {size / 1e9:.1f} GB, {free / 1e9:.1f} are free; "
                                     "free some space or list fewer under merge.candidates")
 
-# %% ../nbs/52_sweep.ipynb #563ad0f3
-def _check_names(params: Params) -> None:
-    "Raise `UserError` for a candidate whose name something else in the stage's folder or tables has."
-    for c in params.merge.candidates:
-        if c.name in ("original", "cpt", "base") or c.name.endswith((".csv", ".json")):
-            raise UserError(f"merge.candidates: the name {c.name} is taken in the stage's folder and tables; "
-                            "give another")
-
+# %% ../nbs/52_sweep.ipynb #75068006
 def _score(params: Params, tokens: Path, variants: Mapping[str, Path]) -> pd.DataFrame:
     "Rows of blocks.csv: every variant on the half of the held-out blocks that merges are chosen on."
     limits, dtype = params.evaluate.perplexity, best_dtype(params.evaluate.precision)
@@ -121,11 +114,10 @@ def _score(params: Params, tokens: Path, variants: Mapping[str, Path]) -> pd.Dat
     return pd.concat([score_blocks(load_model(folder, dtype), half, variant)
                       for variant, folder in progress(variants.items(), description="score merges")])
 
-# %% ../nbs/52_sweep.ipynb #9ed13e9e
+# %% ../nbs/52_sweep.ipynb #a801ac1e
 def merge_candidates(params: Params, folders: dict[str, Path], out: Path) -> None:
     "The merge stage: a folder a candidate, geometry.csv, blocks.csv, sweep.csv and selection.json in `out`."
     tune_cpu()
-    _check_names(params)
     models, aside = _sources(params, folders["train"])
     check_mergeable(models)
     _check_room(models, len(params.merge.candidates), out)

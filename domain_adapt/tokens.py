@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'read_documents', 'held_out', 'IndexedWriter', 'encoder', 'write_corpus', 'split_documents', 'tokenize']
 
-# %% ../nbs/21_tokens.ipynb #e7ad31a3
+# %% ../nbs/21_tokens.ipynb #aae31856
 import contextlib, fnmatch, gzip, hashlib, json, struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ from .models import get_model, load_tokenizer
 from .params import Params, UserError
 from .runs import progress, write_csv
 
-# %% ../nbs/21_tokens.ipynb #710ea6be
+# %% ../nbs/21_tokens.ipynb #e0e9c060
 def read_documents(folder: str | Path) -> Iterator[dict]:
     "Documents (text, id, metadata) of the `*.jsonl.gz` files in `folder`, in the order of the file names."
     for file in sorted(Path(folder).glob("*.jsonl.gz")):
         with gzip.open(file) as lines:
             for line in lines: yield json.loads(line)
 
-# %% ../nbs/21_tokens.ipynb #96ddcc26
+# %% ../nbs/21_tokens.ipynb #478c7b69
 def held_out(documents: list[tuple[str, str]], rule: float | list[str], seed: int, corpus: str) -> set[str]:
     """Ids of the held-out ones of `documents`, (id, file name) pairs: those that a pattern of `rule` matches
     (case ignored), or round(rule x documents) of them. Raises `UserError` where a rule holds out nothing."""
@@ -43,7 +43,7 @@ def _matches(documents: list[tuple[str, str]], pattern: str, key: str) -> set[st
     some = ", ".join(name or d for d, name in documents[:5]) + (", ..." if len(documents) > 5 else "")
     raise UserError(f"{key}: pattern {pattern!r} matches none of the {len(documents)} documents ({some})")
 
-# %% ../nbs/21_tokens.ipynb #6618bc1a
+# %% ../nbs/21_tokens.ipynb #faa65d4b
 class IndexedWriter:
     """Writes `<prefix>.bin` and `<prefix>.idx` as megatron.core.datasets.indexed_dataset reads them: uint16
     ids for vocabularies under 65,500, int32 above."""
@@ -74,7 +74,7 @@ class IndexedWriter:
             f.write(lengths.astype(np.int32).tobytes() + offsets.tobytes())
             f.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
 
-# %% ../nbs/21_tokens.ipynb #012e4c20
+# %% ../nbs/21_tokens.ipynb #3b34fb88
 def encoder(tokenizer, name: str) -> Callable[[list[str]], list[list[int]]]:
     """A function from texts to token ids: what the tokenizer adds of itself (many add a BOS), the text, EOS.
     Raises `UserError` where the tokenizer has no EOS. `name` is the model's in the YAML."""
@@ -89,7 +89,7 @@ def encoder(tokenizer, name: str) -> Callable[[list[str]], list[list[int]]]:
         return [e.ids if e.ids[-1:] == [end] else [*e.ids, end] for e in fast.encode_batch_fast(texts)]
     return encode
 
-# %% ../nbs/21_tokens.ipynb #3e153bb3
+# %% ../nbs/21_tokens.ipynb #b1d13f25
 SPLITS = ("train", "heldout", "dropped")
 
 def _survey(folder: Path, corpus: str) -> list[tuple[str, str, bytes]]:
@@ -111,7 +111,7 @@ def _batches(documents: Iterable[dict], characters: int = 4_000_000) -> Iterator
         if size >= characters: yield batch; batch, size = [], 0
     if batch: yield batch
 
-# %% ../nbs/21_tokens.ipynb #e8cb8dec
+# %% ../nbs/21_tokens.ipynb #d95b67ec
 def write_corpus(folder: Path, prefix: Path, split_of: dict[str, str], encode: Callable,
                  vocabulary: int) -> list[dict]:
     """Tokenise the documents of `folder` into `<prefix>_{train,heldout}.{bin,idx}` and the held-out texts
@@ -138,7 +138,7 @@ def _heldout_texts(prefix: Path) -> Iterator[gzip.GzipFile]:
     with open(f"{prefix}_heldout.jsonl.gz", "wb") as raw:
         with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as f: yield f
 
-# %% ../nbs/21_tokens.ipynb #061a078f
+# %% ../nbs/21_tokens.ipynb #65714a95
 def split_documents(params: Params, documents: Path) -> dict[str, dict[str, str]]:
     """For every corpus, the split of each document id: train, heldout, or dropped where the document would be
     trained on although its very text is held out, here or in another corpus. Raises `UserError`."""
@@ -150,7 +150,7 @@ def split_documents(params: Params, documents: Path) -> dict[str, dict[str, str]
         return "heldout" if d in held[corpus] else "dropped" if text in tested else "train"
     return {n: {d: split(n, d, text) for d, _, text in found[n]} for n in found}
 
-# %% ../nbs/21_tokens.ipynb #ac59092e
+# %% ../nbs/21_tokens.ipynb #996e7769
 def tokenize(params: Params, folders: dict[str, Path], out: Path) -> None:
     """Stage 2. Writes `<corpus>_{train,heldout}.{bin,idx}`, `<corpus>_heldout.jsonl.gz`, `mixture.csv` and
     `splits.csv` (corpus, split, documents, tokens, bytes; the splits are those of `split_documents`)."""

@@ -32,6 +32,8 @@ def test_the_shipped_runs_are_valid(name):
     ({"run": "../up"}, "params: run"),
     ({"merge": {"candidates": [dict(name="a", method="ties", weight=1.0)]}}, "ties takes density and weight; given: weight"),
     ({"merge": {"candidates": [dict(name="a", method="linear", weight=1.0)] * 2}}, "two candidates are called a"),
+    ({"merge": {"candidates": [dict(name="cpt", method="linear", weight=1.0)]}}, "the name cpt is taken"),
+    ({"merge": {"candidates": [dict(name="sweep.csv", method="linear", weight=1.0)]}}, "the name sweep.csv is taken"),
 ])
 def test_what_is_wrong_is_named(change, message):
     with pytest.raises(UserError) as e: validate({**GOOD, **change})

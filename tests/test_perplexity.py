@@ -69,7 +69,7 @@ def test_whole_documents_score_as_in_lm_eval(model, tokenizer, size):
 def test_a_block_costs_its_cross_entropy(tiny_llama, blocks, dtype, near):
     model, b = load_model(tiny_llama, dtype), max(blocks, key=lambda b: len(b.ids))
     with torch.inference_mode():
-        logits = model(torch.tensor([[b.context, *b.ids[:-1]]])).logits[0].float()
+        logits = model(torch.tensor([[*b.context, *b.ids[:-1]]])).logits[0, -len(b.ids):].float()
         exact = torch.nn.functional.cross_entropy(logits, torch.tensor(b.ids), reduction="sum").item()
     assert score_blocks(model, [b], "original")["nll"][0] == pytest.approx(exact, rel=near)
 
@@ -80,10 +80,29 @@ def test_a_score_does_not_depend_on_its_company(model, blocks):
     assert together.tolist() == alone == score_blocks(model, blocks[9::-1], "v")["nll"].tolist()[::-1]
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+def test_blockwise_attention_is_causal_attention(length):
+    g = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(2, heads, length, 16, generator=g) for heads in (6, 2, 2))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.allclose(perplexity.blockwise_attention(None, q, k, v, scaling=0.25)[0].transpose(1, 2), exact, atol=1e-5)
+
+
+def test_fast_attention_is_only_for_what_it_was_measured_on_and_goes_again(tiny_llama, monkeypatch):
+    inside = []
+    for dtype, amx in (("bf16", False), ("bf16", True), ("fp32", False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
+        model = load_model(tiny_llama, dtype)
+        with perplexity.fast_attention(model): inside.append(model.config._attn_implementation)
+        assert model.config._attn_implementation == "sdpa"
+    assert inside == ["blockwise", "sdpa", "sdpa"]
+
+
 def test_logits_of_a_window_are_never_whole(model, tokenizer):
     seen, head = [], model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
-    try: block_nll(model, 1, tokenizer.encode(TEXTS[6] * 5)[:700])
+    try: block_nll(model, [1], tokenizer.encode(TEXTS[6] * 5)[:700])
     finally: hook.remove()
     assert sum(seen) == 700 and max(seen) <= perplexity.SLICE
 
@@ -95,7 +114,7 @@ def test_a_head_that_does_more_than_multiply_is_taken_as_it_is(blocks):
                                              num_key_value_heads=2, logits_scaling=3.0, bos_token_id=1, eos_token_id=2, pad_token_id=2)).eval()
     b = blocks[0]
     with torch.inference_mode():
-        exact = torch.nn.functional.cross_entropy(model(torch.tensor([[b.context, *b.ids[:-1]]])).logits[0], torch.tensor(b.ids), reduction="sum").item()
+        exact = torch.nn.functional.cross_entropy(model(torch.tensor([[*b.context, *b.ids[:-1]]])).logits[0, -len(b.ids):], torch.tensor(b.ids), reduction="sum").item()
     assert not perplexity.linear_head(model)
     assert score_blocks(model, [b], "v")["nll"][0] == pytest.approx(exact, rel=1e-5)
 
@@ -107,7 +126,9 @@ def test_bytes_words_and_tokens_of_windows_add_up(tokenizer, text, size):
     assert sum(w["bytes"] for w in found) == len(text.encode())
     assert sum(w["words"] for w in found) == len(re.split(r"\s+", text))
     assert tokenizer.decode([i for w in found for i in w["ids"]], clean_up_tokenization_spaces=False) == text
-    assert [w["context"] for w in found] == [tokenizer.bos_token_id, *(w["ids"][-1] for w in found[:-1])]
+    assert found[0]["context"] == [tokenizer.bos_token_id]
+    for before, w in zip(found, found[1:]):
+        assert len(w["context"]) + len(w["ids"]) == size + 1 and w["context"] == (before["ids"])[-len(w["context"]):]
 
 
 @settings(max_examples=200, deadline=None)
@@ -128,8 +149,8 @@ def test_halves_alternate_and_both_read_every_part_of_the_text(blocks, held):
 
 
 def test_too_little_text_for_two_halves_is_an_error(held, tokenizer):
-    with pytest.raises(UserError, match=r"corpora.sec: .* 1 block\(s\) of evaluate.perplexity.block = 500 .* max_tokens = 500"):
-        heldout_blocks(*held, tokenizer, max_tokens=500, block=500)
+    with pytest.raises(UserError, match=r"corpora.sec: .* 1 block\(s\) of evaluate.perplexity.block = 500 .*max_tokens = 200"):
+        heldout_blocks(*held, tokenizer, max_tokens=200, block=500)
 
 
 def test_no_held_out_domain_is_an_error(held, tokenizer):

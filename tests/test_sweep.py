@@ -194,12 +194,6 @@ class TestStage:
 
 
 class TestRefused:
-    @pytest.mark.parametrize("name", ["original", "cpt", "sweep.csv"])
-    def test_a_name_that_is_taken(self, stage, tmp_path, name):
-        folders, params = stage
-        with pytest.raises(UserError, match=f"merge.candidates: the name {name}"):
-            merge_candidates(params([dict(name=name, method="linear", weight=0.5)]), folders, tmp_path)
-
     def test_no_held_out_domain_text(self, stage, tmp_path):
         folders, params = stage
         tokens = shutil.copytree(folders["tokens"], tmp_path / "tokens")

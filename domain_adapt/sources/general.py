@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'SIGNS', 'KINDS', 'PACKED', 'DAMAGE', 'wiki_text', 'record', 'not_kept', 'wiki_pages', 'json_lines',
            'parquet_rows', 'text_lines', 'whole_text', 'Zstd', 'documents']
 
-# %% ../../nbs/14_general.ipynb #d2dfeb4d
+# %% ../../nbs/14_general.ipynb #7978e62f
 import bz2, gzip, html, io, json, re, zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from datatrove.data import Document
 from lxml import etree
 from .sec import Unreadable, decode
 
-# %% ../../nbs/14_general.ipynb #735177c5
+# %% ../../nbs/14_general.ipynb #f781cde3
 _elsewhere = re.compile(r":?\s*(?:file|image|category|media|[a-z]{2,3}(?:-[a-z]+)?)\s*:", re.I)
 
 def _link(match: re.Match) -> str:
@@ -33,7 +33,7 @@ def _inside_out(left: str, right: str, replace: Callable[[re.Match], str], text:
     while (new := pattern.sub(replace, text)) != text: text = new
     return text
 
-# %% ../../nbs/14_general.ipynb #ec0cbe7d
+# %% ../../nbs/14_general.ipynb #ff89d1eb
 def _measure(args: list[str]) -> str:
     "A quantity or range with its unit."
     return " ".join(args[:4] if args[1:2] and args[1] in ("to", "and", "by", "-", "–") else args[:2])
@@ -57,7 +57,7 @@ def _template(match: re.Match) -> str:
     words = WORDS.get("lang" if name.startswith("lang-") else name)
     return words(args) if words and args else SIGNS.get(name, "")
 
-# %% ../../nbs/14_general.ipynb #e6663a91
+# %% ../../nbs/14_general.ipynb #cdf80d53
 def _without_tables(text: str) -> str:
     "The text without its tables, which may hold tables."
     out, depth = [], 0
@@ -68,7 +68,7 @@ def _without_tables(text: str) -> str:
         if not depth: out.append(line)
     return "\n".join(out)
 
-# %% ../../nbs/14_general.ipynb #7022d420
+# %% ../../nbs/14_general.ipynb #d2fcd505
 _dropped = re.compile(r"<!--.*?-->|<ref\b[^<>]*/>|__[A-Z]+__"
                       r"|<(ref|gallery|timeline|imagemap|score|hiero)\b[^<>]*>.*?</\1\s*>", re.S | re.I)
 _sources = re.compile(r"see also|references|notes|notes and references|references and notes|external links"
@@ -91,7 +91,7 @@ def _sections(text: str) -> str:
         waiting = []
     return "\n".join(out)
 
-# %% ../../nbs/14_general.ipynb #2311a979
+# %% ../../nbs/14_general.ipynb #02c7e94c
 def wiki_text(source: str) -> str:
     "Plain text of an article's wikitext: paragraphs, Markdown headings and lists."
     text = _math.sub(lambda m: f"${m[1].strip()}$".translate(_hide), source)
@@ -111,7 +111,7 @@ def _paragraphs(text: str) -> str:
     found = [x for line in text.split("\n") if (x := line.strip())]
     return re.sub(r"^(- .*)\n\n(?=- )", r"\1\n", "\n\n".join(found), flags=re.M)
 
-# %% ../../nbs/14_general.ipynb #4f529831
+# %% ../../nbs/14_general.ipynb #d46bd493
 def record(text: str, title: str = "", date: str = "", url: str = "") -> Document:
     "A document with the metadata every source gives."
     return Document(text=text, id="", metadata=dict(title=title, date=date, url=url))
@@ -122,7 +122,7 @@ def not_kept(reason: str, step: str = "unreadable", text: str = "", title: str =
     doc.metadata |= dict(dropped=step, filter_reason=reason)
     return doc
 
-# %% ../../nbs/14_general.ipynb #04f14482
+# %% ../../nbs/14_general.ipynb #9eb08f4c
 def _page(el: etree._Element, site: str) -> Document:
     "The article in one `<page>`; redirects and pages of other namespaces are marked."
     title, source = el.findtext("{*}title") or "", el.findtext("{*}revision/{*}text") or ""
@@ -142,7 +142,7 @@ def wiki_pages(file: BinaryIO) -> Iterator[Document]:
         el.clear()
         while el.getprevious() is not None: del el.getparent()[0]
 
-# %% ../../nbs/14_general.ipynb #8d94ea88
+# %% ../../nbs/14_general.ipynb #5f249ec9
 def json_lines(file: BinaryIO) -> Iterator[Document]:
     "One record a line, each an object with a `text`; title, date and url are taken where present."
     for line in file:
@@ -171,7 +171,7 @@ def whole_text(file: BinaryIO) -> Iterator[Document]:
     "The file is one document."
     yield record(decode(file.read()).strip())
 
-# %% ../../nbs/14_general.ipynb #f1fa023f
+# %% ../../nbs/14_general.ipynb #c7d380ff
 class Zstd(io.RawIOBase):
     "The contents of a .zst file. Raises EOFError where it breaks off."
     def __init__(self, path: Path): self.file, self.frame, self.left = open(path, "rb"), None, b""
@@ -194,9 +194,10 @@ class Zstd(io.RawIOBase):
         self.file.close()
         super().close()
 
-# %% ../../nbs/14_general.ipynb #960f123d
+# %% ../../nbs/14_general.ipynb #3566b5b7
 KINDS = {".xml": wiki_pages, ".jsonl": json_lines, ".txt": whole_text, ".md": whole_text, ".cor": text_lines}
-PACKED = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".zst": lambda path, mode: io.BufferedReader(Zstd(path))}
+PACKED = {"": lambda path: open(path, "rb"), ".gz": gzip.open, ".bz2": bz2.open,
+          ".zst": lambda path: io.BufferedReader(Zstd(path))}
 DAMAGE = (OSError, EOFError, zlib.error, zstandard.ZstdError, etree.XMLSyntaxError, pa.ArrowException)
 _name = re.compile(r"(\.(?:xml|jsonl|txt|md|cor))(?:-p\d+p\d+[\w-]*)?(\.(?:gz|bz2|zst))?$|\.parquet$", re.I)
 
@@ -208,5 +209,5 @@ def documents(path: str | Path) -> Iterator[Document]:
     try:
         if not kind: yield from parquet_rows(path)
         else:
-            with PACKED[packed](path, "rb") as file: yield from KINDS[kind](file)
+            with PACKED[packed](path) as file: yield from KINDS[kind](file)
     except DAMAGE as e: yield not_kept(f"damaged file: {type(e).__name__}: {e}")

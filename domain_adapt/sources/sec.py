@@ -9,7 +9,7 @@ __all__ = ['UNSEEN', 'BLOCKS', 'HEADINGS', 'ARCHIVES', 'SUFFIXES', 'Unreadable',
            'line_markdown', 'own_markdown', 'prose', 'Rendered', 'to_markdown', 'facts', 'iso_date', 'about',
            'read_filing', 'documents']
 
-# %% ../../nbs/10_sec.ipynb #08f06cd4
+# %% ../../nbs/10_sec.ipynb #8483e45c
 import datetime, html, re
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ import dateutil.parser, trafilatura
 from datatrove.data import Document
 from lxml import etree
 
-# %% ../../nbs/10_sec.ipynb #e7676937
+# %% ../../nbs/10_sec.ipynb #f10547ce
 class Unreadable(ValueError):
     "An input that is no document we can read; the message is the reason under which it is dropped."
 
@@ -29,7 +29,7 @@ def decode(data: bytes) -> str:
     try: return data.decode("utf-8-sig")
     except UnicodeDecodeError: return data.decode("cp1252", errors="replace")
 
-# %% ../../nbs/10_sec.ipynb #018abeda
+# %% ../../nbs/10_sec.ipynb #a7e57ffb
 _submission = re.compile(r"<SEC-DOCUMENT>|<SUBMISSION>|<IMS-DOCUMENT>|-----BEGIN PRIVACY-ENHANCED", re.I)
 _envelope = re.compile(r"\s*<DOCUMENT>.*?<TEXT>", re.I | re.S)
 _outer = re.compile(r"</(?:body|html)\s*>|</?XBRL>|<\?xml[^>]*\?>|\x00", re.I)
@@ -45,7 +45,7 @@ def parse(page: str) -> etree._Element:
     try: return etree.fromstring(_outer.sub("", page).encode(errors="replace"), parser)
     except etree.XMLSyntaxError as e: raise Unreadable(f"not HTML: {e}") from None
 
-# %% ../../nbs/10_sec.ipynb #b68b4035
+# %% ../../nbs/10_sec.ipynb #bb840b31
 @dataclass(frozen=True)
 class Style:
     "What of an element's CSS matters here; `bold` is None where it says nothing."
@@ -64,7 +64,7 @@ def style(css: str) -> Style:
                  breaks=bool(re.search(r"break-(?:before|after)\s*:\s*(?:always|page)", css)),
                  gap=bool(re.search(r"padding-left\s*:\s*[1-9]", css)))
 
-# %% ../../nbs/10_sec.ipynb #b726500d
+# %% ../../nbs/10_sec.ipynb #01e91672
 UNSEEN = {"ix:header", "script", "style", "head", "title", "noscript", "template"}
 BLOCKS = set("address article aside blockquote body center dd div dl document dt fieldset figure footer form "
              "h1 h2 h3 h4 h5 h6 header hr html li main nav ol p pre section table tbody td text tfoot th "
@@ -75,7 +75,7 @@ def hidden(el: etree._Element) -> bool:
     "Whether a browser shows nothing of `el`."
     return el.tag in UNSEEN or "hidden" in el.attrib or style(el.get("style", "")).hidden
 
-# %% ../../nbs/10_sec.ipynb #36471e6e
+# %% ../../nbs/10_sec.ipynb #4ef6d805
 _unprinted = str.maketrans("", "", "\u200b\u200c\u200d\u2060\ufeff\u00ad")
 
 def visible_text(page: str | etree._Element) -> str:
@@ -89,7 +89,7 @@ def visible_text(page: str | etree._Element) -> str:
         else: parts += [edge, el.text or ""]
     return "".join(parts).translate(_unprinted)
 
-# %% ../../nbs/10_sec.ipynb #6ff8427d
+# %% ../../nbs/10_sec.ipynb #4e305cde
 _figure = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
 
 def figures(text: str) -> Counter:
@@ -109,7 +109,7 @@ def fidelity(truth: str, text: str, furniture: str = "") -> Fidelity:
     body = seen - figures(furniture)
     return Fidelity(body.total(), (body & given).total(), (given - seen).total())
 
-# %% ../../nbs/10_sec.ipynb #266f9489
+# %% ../../nbs/10_sec.ipynb #76f19eb9
 @dataclass
 class Line:
     "A paragraph (`text`), a table (`rows`) or a page break (`page`)."
@@ -125,7 +125,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"[^\S\n]+", " ", text.translate(_unprinted))
     return _sign_gap.sub("", re.sub(r" *\n\s*", "\n", text)).strip()
 
-# %% ../../nbs/10_sec.ipynb #d56c0135
+# %% ../../nbs/10_sec.ipynb #864374f6
 class _Collector:
     "Collects pieces of text into lines."
     def __init__(self): self.lines, self.parts, self.bold, self.plain = [], [], False, False
@@ -141,7 +141,7 @@ class _Collector:
         if text := tidy("".join(self.parts)): self.lines.append(Line(text, bold=self.bold and not self.plain))
         self.parts, self.bold, self.plain = [], False, False
 
-# %% ../../nbs/10_sec.ipynb #fac4d26a
+# %% ../../nbs/10_sec.ipynb #e41cccc9
 def lines(root: etree._Element) -> list[Line]:
     "The lines, tables and page breaks below `root`, in order."
     out, bold, pre = _Collector(), [False], 0
@@ -170,7 +170,7 @@ def lines(root: etree._Element) -> list[Line]:
     out.end()
     return out.lines
 
-# %% ../../nbs/10_sec.ipynb #5308d6a6
+# %% ../../nbs/10_sec.ipynb #5e40fc54
 @dataclass
 class Cell:
     "Text over the grid columns from `start` up to `end`."
@@ -197,7 +197,7 @@ def join_signs(row: list[Cell]) -> list[Cell]:
         else: out.append(cell)
     return out
 
-# %% ../../nbs/10_sec.ipynb #a4054ec3
+# %% ../../nbs/10_sec.ipynb #95907eff
 def _span(el: etree._Element, name: str) -> int:
     "A colspan or rowspan as browsers take it."
     value = re.match(r"\s*(\d+)", given) if (given := el.get(name)) else None
@@ -225,7 +225,7 @@ def grid(table: etree._Element) -> list[list[Cell]]:
         rows.append(join_signs(row))
     return [r for r in rows if r]
 
-# %% ../../nbs/10_sec.ipynb #28f17fac
+# %% ../../nbs/10_sec.ipynb #4298d729
 def columns(rows: list[list[Cell]]) -> list[int]:
     "For each grid column the number of its printed column."
     width = max(c.end for r in rows for c in r)
@@ -251,7 +251,7 @@ def table_rows(table: etree._Element) -> list[list[str]]:
     used = sorted({g for r in placed for g in r})
     return [[r.get(g, "") for g in used] for r in placed]
 
-# %% ../../nbs/10_sec.ipynb #d435a056
+# %% ../../nbs/10_sec.ipynb #5c093d59
 _marker = re.compile(r"[•●▪■◦‣○·*†‡–—-]|\(?(?:\d{1,2}|[a-z]|[ivx]+)[.)]|\*+", re.I)
 
 _holds = {"tr": {"td", "th"}} | dict.fromkeys(("table", "thead", "tbody", "tfoot"),
@@ -274,7 +274,7 @@ def table_lines(table: etree._Element) -> list[Line] | None:
     bold = all(line.bold for td in table.iter("td", "th") for line in lines(td))
     return [Line(" ".join(filter(None, r)), bold=bold) for r in rows]
 
-# %% ../../nbs/10_sec.ipynb #165752e2
+# %% ../../nbs/10_sec.ipynb #211c5762
 _page_number = re.compile(r"(?:page\s*)?[-–—\s]*(?:[A-Z]{1,2}[-–])?\d{1,3}[-–—\s]*|[ivxl]{1,6}", re.I)
 _contents = re.compile(r"\b(?:table of contents|back to (?:top|contents))\b", re.I)
 _unit = re.compile(r"\b(?:in|of)\s+(?:\w+\s+){0,4}(?:thousands|millions|billions)\b|\bper[- ]share\b", re.I)
@@ -295,7 +295,7 @@ def _beside(found: list[Line], at: int, step: int) -> list[int]:
         out.append(i)
     return out
 
-# %% ../../nbs/10_sec.ipynb #bed1d587
+# %% ../../nbs/10_sec.ipynb #1f9d4798
 def _running(found: list[Line], breaks: list[int]) -> set[str]:
     "Masks of the lines that stand at the same distance from a fifth of the page breaks, three at least."
     spots = [(i, abs(i - at)) for at in breaks for step in (-1, 1) for i in _beside(found, at, step)]
@@ -332,7 +332,7 @@ def furniture(found: list[Line]) -> set[int]:
             out.add(i)
     return out
 
-# %% ../../nbs/10_sec.ipynb #1ded9eb7
+# %% ../../nbs/10_sec.ipynb #9456b07a
 _rule = re.compile(r"[\s_=–—-]{3,}")
 
 def _continued(last: Line, line: Line) -> Line | None:
@@ -353,7 +353,7 @@ def body(found: list[Line]) -> tuple[list[Line], list[str]]:
         turned = False
     return out, [_flat(found[i]) for i in sorted(apart)]
 
-# %% ../../nbs/10_sec.ipynb #b8507fff
+# %% ../../nbs/10_sec.ipynb #5d3ea92d
 _part = re.compile(r"part\s+[iv]+\b", re.I)
 _item = re.compile(r"item\s+\d+[a-c]?\b", re.I)
 
@@ -368,7 +368,7 @@ def levels(text: list[Line]) -> list[int]:
     first = next((i for i, n in enumerate(out) if n in (1, 2)), 0)
     return [0] * first + out[first:]
 
-# %% ../../nbs/10_sec.ipynb #1395e47a
+# %% ../../nbs/10_sec.ipynb #eccd98ff
 _bullet = re.compile(r"[•●▪■◦‣○·]\s*")
 
 def table_markdown(rows: list[list[str]]) -> str:
@@ -386,7 +386,7 @@ def own_markdown(run: list[tuple[Line, int]]) -> str:
     "Our own Markdown of lines and their heading levels, lists without blank lines between their items."
     return re.sub(r"^(- .*)\n\n(?=- )", r"\1\n", "\n\n".join(line_markdown(*x) for x in run), flags=re.M)
 
-# %% ../../nbs/10_sec.ipynb #e5a6f69c
+# %% ../../nbs/10_sec.ipynb #d14d3107
 def _tag(line: Line, level: int) -> str:
     "The line as plain HTML."
     text = html.escape(line.text).replace("\n", "<br/>")
@@ -404,7 +404,7 @@ def prose(runs: list[list[tuple[Line, int]]]) -> dict[int, str]:
 
 def _words(text: str) -> list[str]: return re.findall(r"[\w.,$%()]+", text)
 
-# %% ../../nbs/10_sec.ipynb #ba020989
+# %% ../../nbs/10_sec.ipynb #b5222499
 @dataclass(frozen=True)
 class Rendered:
     "A page as Markdown, its furniture, the runs of prose and how many fell back to our own rendering."
@@ -427,7 +427,7 @@ def to_markdown(page: str | etree._Element) -> Rendered:
     for n, markdown in faithful.items(): done[n] = markdown
     return Rendered("\n\n".join(filter(None, done)), apart, len(wanted), len(wanted) - len(faithful))
 
-# %% ../../nbs/10_sec.ipynb #a3b7600b
+# %% ../../nbs/10_sec.ipynb #02c990a3
 _type = re.compile(r"\s*<DOCUMENT>\s*<TYPE>\s*([^<\r\n]+)", re.I)
 _cover = re.compile(r"\bform\s+((?:10|8|6|20|40|11)-[KQFT][A-Z0-9]*(?:/A)?)", re.I)
 _accession = re.compile(r"(?<!\d)(\d{10})-?(\d{2})-?(\d{6})(?!\d)")
@@ -447,7 +447,7 @@ def iso_date(text: str) -> str:
     try: return dateutil.parser.parse(text, default=datetime.datetime(1, 1, 1)).date().isoformat()
     except (ValueError, OverflowError): return ""
 
-# %% ../../nbs/10_sec.ipynb #74d6354a
+# %% ../../nbs/10_sec.ipynb #73db7979
 def about(name: str, page: str, text: str, dei: dict[str, str]) -> dict[str, str]:
     "Metadata of the filing in file `name`: what facts, envelope, cover and name say, else empty."
     envelope, cover, number = _type.match(page), _cover.search(text[:5000]), _accession.search(name)
@@ -469,7 +469,7 @@ def read_filing(path: str | Path) -> Document:
     if not (text := to_markdown(root).text): raise Unreadable("no text")
     return Document(text=text, id="", metadata=about(Path(path).name, page, text, facts(root)))
 
-# %% ../../nbs/10_sec.ipynb #0ac6d8a2
+# %% ../../nbs/10_sec.ipynb #df4bc804
 SUFFIXES = (".html", ".htm", ".xhtml", ".txt")
 
 def documents(path: str | Path) -> Iterator[Document]:

@@ -1,0 +1,236 @@
+"""Ingest: every document kept or accounted for, the same however many processes, in scripts and notebooks."""
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from domain_adapt import assets, clean
+from domain_adapt.clean import ingest
+from domain_adapt.params import Params, UserError, validate
+
+ROOT = Path(__file__).resolve().parent.parent
+STORY = ("Before dawn the {who} of {town} carried {n} heavy baskets down to the river, sold them for a few "
+         "coins and spent the evening in an inn where travellers told stories about wolves and snow; nobody "
+         "believed a word, yet when morning came each door was barred.")
+PEOPLE = "baker smith weaver miller carter fisher".split()
+
+
+def story(n: int) -> str: return STORY.format(who=PEOPLE[n % 6], town=PEOPLE[n // 6 % 6].title(), n=n)
+
+
+def filing(form: str, company: str, words: str) -> str:
+    facts = {"DocumentType": form, "EntityRegistrantName": company}
+    told = "".join(f'<p><ix:nonNumeric name="dei:{k}">{v}</ix:nonNumeric></p>' for k, v in facts.items())
+    row = "<tr><td>{}</td><td>{}</td></tr>"
+    return f"<html>{told}<p>{words}</p><table>{row.format('Sales', 1)}{row.format('Costs', 2)}</table></html>"
+
+
+def some_filings(folder: Path) -> None:
+    "Three that are kept; an amendment, a copy, a short one, a full submission, a picture and a hidden file."
+    (folder / "2025").mkdir(parents=True)
+    (folder / "a.html").write_text(filing("10-K", "A", story(1)))
+    (folder / "amended.html").write_text(filing("10-K/A", "A", story(2)))
+    (folder / "2025" / "b.htm").write_text(filing("10-K", "B", story(3)))
+    (folder / "copy.html").write_text(filing("10-K", "B", story(3)).replace("<p>", "<p>\n "))
+    (folder / "next.html").write_text(filing("10-K", "B", story(3)).replace("<td>2<", "<td>3<"))
+    (folder / "short.html").write_text("<p>FORM 10-K</p>")
+    (folder / "all.txt").write_text("<SEC-DOCUMENT>x\n<DOCUMENT><TYPE>10-K<TEXT>x</TEXT></DOCUMENT>")
+    (folder / "logo.jpg").write_bytes(b"\xff\xd8\x00")
+    (folder / ".DS_Store").write_bytes(b"\x00")
+
+
+def some_prose(folder: Path) -> None:
+    "Thirteen that are kept; broken, short, empty, noisy, repetitive, repeated; pages that are no articles."
+    (folder / "b").mkdir(parents=True)
+    lines = [json.dumps({"text": story(n), "title": f"T{n}"}) for n in range(12)]
+    noise = json.dumps({"text": "the $ % 1 2 to & 3 of " * 12})
+    (folder / "a.jsonl").write_text("\n".join([*lines[:6], '{"text": "bro', json.dumps({
+        "text": "Too short."})]))
+    (folder / "b" / "c.jsonl.gz").write_bytes(gzip.compress("\n".join([*lines[4:], noise]).encode()))
+    (folder / "d.txt").write_text(story(20) + "\n" + "All work and no play makes Jack a dull boy. " * 12)
+    (folder / "e.txt").write_text("")
+    page = "<page><title>{0}</title><ns>{1}</ns><revision><text>{2}</text></revision></page>"
+    pages = page.format("A", 0, story(30)) + page.format("B", 0, "#REDIRECT [[A]]") + page.format("C", 1,
+        story(31))
+    (folder / "w.xml").write_text(f"<mediawiki>{pages}</mediawiki>")
+
+
+@pytest.fixture
+def corpora(tmp_path) -> Path:
+    some_filings(tmp_path / "sec")
+    some_prose(tmp_path / "prose")
+    return tmp_path
+
+
+def corpus(source: str, path: Path | str, kind: str = "domain", **more) -> dict:
+    return dict(kind=kind, source=source, path=str(path), **more)
+
+
+def params(root: Path, workers: int = 1, **corpora: dict) -> Params:
+    default = dict(sec=corpus("sec", root / "sec", forms=["10-K"]), prose=corpus("general", root / "prose",
+        "general"))
+    merge = {"candidates": [dict(name="a", method="linear", weight=0.5)]}
+    return validate(dict(run="t", model="m", corpora=corpora or default, tokens={"replay": 0}, merge=merge,
+                         ingest={"workers": workers, "min_words": 20}))
+
+
+def run(p: Params, out: Path) -> pd.DataFrame:
+    out.mkdir()
+    ingest(p, {}, out)
+    return pd.read_csv(out / "funnel.csv")
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for f in sorted(folder.rglob("*.jsonl.gz")) for line in gzip.open(f)]
+
+
+def test_every_document_is_kept_or_accounted_for(corpora, tmp_path):
+    table = run(params(corpora), tmp_path / "out")
+    steps = {c: dict(zip(t["step"], t["documents"])) for c, t in table.groupby("corpus")}
+    assert steps == {
+        "sec": {"read": 8, "readable": 6, "of the forms": 5, "long enough": 4, "distinct": 3, "kept": 3},
+        "prose": {"read": 22, "readable": 21, "articles": 19, "long enough": 17, "good quality": 16,
+                  "not repetitive": 15, "distinct": 13, "kept": 13}}
+    kept, dropped = records(tmp_path / "out" / "documents"), records(tmp_path / "out" / "dropped")
+    characters = table[table["step"] == "read"].set_index("corpus")["characters"].sum()
+    assert sum(len(d.get("text", "")) for d in kept + dropped) == characters
+    ids = [d["id"] for d in kept + dropped]
+    assert len(ids) == len(set(ids)) == 30
+    reasons = {d["id"]: d["metadata"]["filter_reason"] for d in dropped}
+    assert reasons["sec/logo.jpg#0"] == "unknown kind of file .jpg" and reasons[
+        "sec/all.txt#0"] == "full submission (SGML)"
+    assert reasons["sec/amended.html#0"] == "form 10-K/A" and reasons[
+        "sec/copy.html#0"] == "same as sec/2025/b.htm#0"
+    assert reasons["prose/w.xml#1"] == "redirect" and reasons["prose/a.jsonl#6"].startswith("broken JSON")
+    assert reasons["prose/d.txt#0"].startswith(("duplicated", "top"))
+    assert not list((tmp_path / "out").glob("passed"))
+
+
+def test_what_a_document_says_of_itself(corpora, tmp_path):
+    run(params(corpora), tmp_path / "out")
+    doc = records(tmp_path / "out" / "documents" / "sec")[0]
+    assert doc["id"] == "sec/2025/b.htm#0" and "| Sales | 1 |" in doc["text"]
+    said = dict(corpus="sec", source_path="2025/b.htm", kind="domain", title="B 10-K", company="B",
+        form="10-K")
+    assert doc["metadata"] == said | dict.fromkeys("date url cik filed period sic accession".split(), "") | {
+        "document_type": "10-K"}
+    prose = records(tmp_path / "out" / "documents" / "prose")
+    assert [d["id"] for d in prose] == [*(f"prose/a.jsonl#{n}" for n in range(6)),
+                                        *(f"prose/b/c.jsonl.gz#{n}" for n in range(2, 8)), "prose/w.xml#0"]
+    said = dict(corpus="prose", kind="general", source_path="a.jsonl", title="T2", date="", url="")
+    assert prose[2]["metadata"] == said
+
+
+@pytest.mark.equality
+def test_the_same_however_many_processes(corpora, tmp_path, monkeypatch):
+    run(params(corpora), tmp_path / "one")
+    run(params(corpora, workers=2), tmp_path / "two")
+    monkeypatch.setattr(clean, "MAX_TASKS", 2)
+    run(params(corpora, workers=2), tmp_path / "few")
+    for other in ("two", "few"):
+        for name in ("documents/sec", "documents/prose", "dropped/sec", "dropped/prose"):
+            assert records(tmp_path / other / name) == records(tmp_path / "one" / name)
+        assert (tmp_path / other / "funnel.csv").read_bytes() == (
+            tmp_path / "one" / "funnel.csv").read_bytes()
+
+
+def test_a_corpus_may_be_one_file(corpora, tmp_path):
+    p = params(corpora, one=corpus("general", corpora / "prose" / "a.jsonl"))
+    assert run(p, tmp_path / "out")["documents"].tolist() == [8, 7, 7, 6, 6, 6, 6, 6]
+    assert records(tmp_path / "out" / "documents")[0]["id"] == "one/a.jsonl#0"
+
+
+@pytest.mark.parametrize("name, source, forms, said", [
+    (None, "sec", [], ["no such file or folder"]), ("", "sec", [], ["holds no files"]),
+    (".hidden", "general", [], ["holds no files"]), ("a.pdf", "general", [], ["1 read, 0 readable"]),
+    ("a.html", "sec", ["20-F"], ["1 readable, 0 of the forms", "`forms`"]),
+    ("a.txt", "general", [], ["0 long enough", "ingest.min_words"])])
+def test_missing_and_empty_corpora_name_their_key(tmp_path, name, source, forms, said):
+    if name is not None: (tmp_path / "mine").mkdir()
+    if name: (tmp_path / "mine" / name).write_text(filing("10-K", "A", story(1))
+        if ".html" in name else "Few words.")
+    p = params(tmp_path, mine=corpus(source, tmp_path / "mine", forms=forms))
+    with pytest.raises(UserError) as e: run(p, tmp_path / "out")
+    assert all(s in str(e.value) for s in ["corpora.mine.path", *said]), e.value
+
+
+def test_a_missing_corpus_is_told_before_work_starts(corpora, tmp_path):
+    p = params(corpora, first=corpus("sec", corpora / "sec"), gone=corpus("sec", "gone", "general"))
+    with pytest.raises(UserError, match="corpora.gone.path"): run(p, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.fault
+def test_a_count_that_does_not_add_up_is_an_error(corpora, tmp_path, monkeypatch):
+    count = clean.written
+    one_less = lambda folder: tuple(n - ("dropped" in folder.parts) for n in count(folder))
+    monkeypatch.setattr(clean, "written", one_less)
+    with pytest.raises(RuntimeError, match="read .* kept .* dropped"): run(params(corpora), tmp_path / "out")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_process_ends_the_run(corpora, tmp_path, monkeypatch, workers):
+    def broken(path: Path): raise ZeroDivisionError(path.name)
+    monkeypatch.setitem(clean.READERS, "general", broken)
+    with pytest.raises(ZeroDivisionError): run(params(corpora, workers=workers), tmp_path / "out")
+    assert not (tmp_path / "out" / "funnel.csv").exists()
+
+
+@pytest.mark.fault
+def test_a_file_that_vanishes_is_counted(corpora, tmp_path):
+    (tmp_path / "files.json").write_text('["a.html", "gone.html"]')
+    reader = clean.Reader("sec", params(corpora).corpora["sec"], corpora / "sec", tmp_path / "files.json")
+    kept, gone = reader.run()
+    assert kept.metadata["form"] == "10-K" and "dropped" not in kept.metadata
+    assert gone.metadata["filter_reason"] == "cannot be read: No such file or directory"
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from domain_adapt.clean import ingest
+from domain_adapt.params import validate
+Path(sys.argv[2]).mkdir()
+ingest(validate(json.loads(sys.argv[1])), {}, Path(sys.argv[2]))
+"""
+
+
+def test_a_script_needs_no_main_guard(corpora, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, tmp_path / "script.py", params(corpora, workers=2).model_dump_json(),
+        tmp_path / "out"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "PIPELINE" not in done.stderr
+    assert len(records(tmp_path / "out" / "documents")) == 16
+
+
+def test_two_processes_in_a_notebook_kernel(corpora, tmp_path):
+    from nbclient import NotebookClient
+    data, out = params(corpora, workers=2).model_dump_json(), str(tmp_path / "out")
+    source = SCRIPT.replace("sys.argv[1]", repr(data)).replace("sys.argv[2]", repr(out))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert len(records(tmp_path / "out" / "documents")) == 16
+    assert "PIPELINE" not in json.dumps(notebook.cells[0].outputs)
+
+
+def test_the_quickstart_corpora(tmp_path):
+    for name in ("filings-10k", "wikipedia"):
+        archive = assets.cache_folder() / "downloads" / assets.ASSETS[name].file
+        if not archive.is_file(): pytest.skip(f"{archive} is not there")
+    p = params(tmp_path, workers=2, sec=corpus("sec", "package:filings-10k", forms=["10-K"]),
+               wiki=corpus("general", "package:wikipedia"), news=corpus("general", "package:news"))
+    table = run(p, tmp_path / "out").set_index(["corpus", "step"])["documents"]
+    assert table["sec", "kept"] == 3 and table["wiki", "articles"] == 106 and table["news", "read"] == 300
+    assert table["wiki", "kept"] >= 95 and table["news", "kept"] >= 285
+    paths = [d["metadata"]["source_path"] for d in records(tmp_path / "out" / "documents" / "sec")]
+    assert paths == ["aapl_2025_10k.html", "amzn_2026_10k.html", "tgt_2026_10k.html"]
