@@ -33,7 +33,7 @@ def _go(path: Path, sets: list[str], until: str, force: str | None = None):
         print("stopped; what was finished is kept, the stage at work is done again next time", file=sys.stderr)
         raise typer.Exit(130) from None
 
-# %% ../nbs/71_cli.ipynb #f0f1869a
+# %% ../nbs/71_cli.ipynb #62720a59
 @app.command()
 def run(params: File, until: Annotated[str, typer.Option(help="the last stage to run")] = "report", set_: Sets = [],
         force: Annotated[str | None, typer.Option(help="a stage to do again even though it is done")] = None) -> None:
@@ -46,7 +46,8 @@ def _headline(done) -> None:
     from domain_adapt.report import headline
     from rich.table import Table
     frame = headline(json.loads((done.folder / "summary.json").read_text()))
-    table = Table(*frame.columns)
+    table = Table(box=None)
+    for column in frame.columns: table.add_column(column, no_wrap=column == "variant")
     for row in frame.itertuples(index=False): table.add_row(*map(str, row))
     Console().print(table)
     print(f"report: {done.folder / '6_report' / 'index.html'}")

@@ -8,12 +8,13 @@ __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'STYLE', 'NARROW', 'FAMILIES', 'KINDS
            'spread', 'label_points', 'funnel', 'loss', 'mixture', 'in_order', 'reported', 'perplexity', 'main_metric',
            'benchmarks', 'front', 'tradeoff', 'sweep', 'geometry']
 
-# %% ../nbs/60_figures.ipynb #980e51c3
+# %% ../nbs/60_figures.ipynb #2e950984
 import functools, html, io, re
 from collections.abc import Callable, Iterable
 import matplotlib
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -451,7 +452,7 @@ def sweep(table: pd.DataFrame, width: float = 7.4) -> Figure:
     label_points(ax, {v: tuple(r[AXES]) for v, r in t.iterrows()}, along, fontsize=9)
     return fig
 
-# %% ../nbs/60_figures.ipynb #fb1ed300
+# %% ../nbs/60_figures.ipynb #183891b0
 PARTS = {"attention": "#8f6bbf", "mlp": "#c08a1e", "other": "#7d8590"}
 
 @drawing
@@ -460,11 +461,12 @@ def geometry(table: pd.DataFrame, width: float = 7.4) -> Figure:
     t = table.dropna(subset=["layer"])
     fig = Chart(width, 3.0)
     ax, ends = fig.subplots(), {}
+    t = t.assign(percent=t["relative_norm"] * 100)
+    sns.lineplot(t, x="layer", y="percent", hue="kind", palette=PARTS, marker="o", markersize=3.5, markeredgewidth=0, lw=1.8,
+                 estimator=None, legend=False, ax=ax)
     for kind, rows in t.groupby("kind"):
         rows = rows.sort_values("layer")
-        ax.plot(rows["layer"], rows["relative_norm"] * 100, color=PARTS[kind], lw=1.8, marker="o",
-                markersize=3.5)
-        ends[kind] = (rows["relative_norm"].iloc[-1] * 100, PARTS[kind])
+        ends[kind] = (rows["percent"].iloc[-1], PARTS[kind])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylim(0, None)
     _axis(ax, x="layer", y="length of the task vector, % of the weights'")

@@ -7,16 +7,17 @@ __all__ = ['FACTORIES', 'LONGEST_BLOCKED', 'ROWS', 'CHUNK', 'LLAMA3_ROPE', 'cpu_
            'BlockAttention', 'CausalAttention', 'SwiGLU', 'layer_spec', 'LinearCrossEntropy', 'linear_cross_entropy',
            'Llama', 'check_llama', 'transformer_config', 'initialize', 'build_model', 'trainable']
 
-# %% ../nbs/31_megatron.ipynb #422af51c
+# %% ../nbs/31_megatron.ipynb #4e0ebd94
 import functools, math, os, sys, types, warnings
 import torch
 import torch.nn.functional as F
 from .params import Layout, Train, UserError
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")    # each module of megatron.core says that TransformerEngine and Apex are absent
+    warnings.simplefilter("ignore")    # its modules all say that TransformerEngine and Apex are absent
     import megatron.core.dist_checkpointing.strategies.torch, megatron.core.datasets.gpt_dataset
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.distributed import (DistributedDataParallel, DistributedDataParallelConfig,
+                                           finalize_model_grads)
     from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -30,12 +31,13 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
-# %% ../nbs/31_megatron.ipynb #4d342b08
+# %% ../nbs/31_megatron.ipynb #24a8e2d7
 def _on_cpu(make):
     "The tensor factory `make`, whose device is the CPU whatever is asked."
     @functools.wraps(make)
     def made(*args, **kwargs):
-        if "device" in kwargs: kwargs |= {"device": "cpu", "pin_memory": False} if "pin_memory" in kwargs else {"device": "cpu"}
+        for name, value in (("device", "cpu"), ("pin_memory", False)):
+            if name in kwargs: kwargs[name] = value
         return make(*args, **kwargs)
     return made
 
@@ -49,8 +51,9 @@ def _cpu_cuda() -> types.ModuleType:
     cuda.random = types.SimpleNamespace(get_rng_state=cuda.get_rng_state)
     return cuda
 
-# %% ../nbs/31_megatron.ipynb #77cd768e
-FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like")
+# %% ../nbs/31_megatron.ipynb #461d8597
+FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn",
+             "empty_like", "zeros_like", "ones_like")
 
 def cpu_torch() -> types.ModuleType:
     "A module that is `torch`, except that what is asked of CUDA falls to the CPU."
@@ -60,8 +63,10 @@ def cpu_torch() -> types.ModuleType:
     for name in FACTORIES: setattr(stand_in, name, _on_cpu(getattr(torch, name)))
     return stand_in
 
-# %% ../nbs/31_megatron.ipynb #597ff309
-def _from_megatron() -> bool: return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
+# %% ../nbs/31_megatron.ipynb #47cd4c66
+def _from_megatron() -> bool:
+    "Whether the function that calls this was called from megatron.core."
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
 
 def _tensor_methods(type_, cuda):
     "`Tensor.type` and `Tensor.cuda`, altered for callers in megatron.core only."
@@ -73,10 +78,10 @@ def _tensor_methods(type_, cuda):
     return tensor_type, tensor_cuda
 
 def use_cpu_backend() -> None:
-    "Let the loaded modules of megatron.core run on the CPU, in this process. Only a training process calls this."
+    "Let the loaded modules of megatron.core run on the CPU. Only a training process may call this."
     stand_in = cpu_torch()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch: module.torch = stand_in
+    for module in [m for name, m in sys.modules.items() if name.startswith("megatron.core")]:
+        if getattr(module, "torch", None) is torch: module.torch = stand_in
     torch.Tensor.type, torch.Tensor.cuda = _tensor_methods(torch.Tensor.type, torch.Tensor.cuda)
 
 # %% ../nbs/31_megatron.ipynb #d3a63d6c
@@ -107,20 +112,18 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return _RMSNorm.apply(x, self.weight, self.eps)
 
-# %% ../nbs/31_megatron.ipynb #1b8ae7e9
+# %% ../nbs/31_megatron.ipynb #5a17df42
 def _group(x: torch.Tensor, groups: int) -> torch.Tensor:
     "[s, b, heads, d] to [b·groups, heads per group, s, d]."
-    s, b, heads, d = x.shape
-    return x.view(s, b, groups, heads // groups, d).permute(1, 2, 3, 0, 4).reshape(b * groups, heads // groups, s, d)
+    return x.unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(0, 1)
 
 def _ungroup(x: torch.Tensor, batch: int) -> torch.Tensor:
     "[b·groups, heads per group, s, d] to [s, b, heads, d]."
-    bg, per, s, d = x.shape
-    return x.view(batch, bg // batch, per, s, d).permute(3, 0, 1, 2, 4).reshape(s, batch, -1, d)
+    return x.unflatten(0, (batch, -1)).permute(3, 0, 1, 2, 4).flatten(2, 3)
 
-# %% ../nbs/31_megatron.ipynb #96d15745
+# %% ../nbs/31_megatron.ipynb #aba81fa6
 class BlockAttention(torch.autograd.Function):
-    "Causal attention of [s, b, heads, d] queries on [s, b, groups, d] keys and values, by blocks of `rows` queries."
+    "Causal attention of q [s, b, heads, d] on k and v [s, b, groups, d], `rows` queries at a time."
     @staticmethod
     def forward(ctx, q, k, v, scale, rows):
         s, b, _, d = q.shape
@@ -150,22 +153,26 @@ class BlockAttention(torch.autograd.Function):
             dk[:, :j].baddbmm_(ds.mT, qi, alpha=ctx.scale)
         return (*(_ungroup(x, ctx.batch) for x in (dq, dk.unsqueeze(1), dv.unsqueeze(1))), None, None)
 
-# %% ../nbs/31_megatron.ipynb #fffa188a
+# %% ../nbs/31_megatron.ipynb #78f2620f
 LONGEST_BLOCKED, ROWS = 1024, 128
 
 class CausalAttention(MegatronModule):
-    "Core attention for Megatron-Core's SelfAttention: [s, b, heads, d] in, [s, b, heads·d] out. No mask but the causal one."
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
-                 cp_comm_type=None, pg_collection=None):
+    "Core attention of megatron-core's SelfAttention: [s, b, heads, d] in, [s, b, heads·d] out; causal."
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None,
+                 softmax_scale=None, cp_comm_type=None, pg_collection=None):
         super().__init__(config)
-        if config.context_parallel_size > 1 or config.attention_dropout: raise NotImplementedError("context parallelism and dropout")
+        if config.context_parallel_size > 1: raise NotImplementedError("context parallelism")
+        if config.attention_dropout: raise NotImplementedError("attention dropout")
         self.scale = softmax_scale or config.kv_channels ** -0.5
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
-        if not (attention_mask is attention_bias is packed_seq_params is None): raise NotImplementedError("masks, biases and thd packing")
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None,
+                packed_seq_params=None):
+        if not (attention_mask is attention_bias is packed_seq_params is None):
+            raise NotImplementedError("masks, biases and thd packing")
         if query.is_cuda or len(query) > LONGEST_BLOCKED:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True).permute(2, 0, 1, 3)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+            out = out.permute(2, 0, 1, 3)
         else: out = BlockAttention.apply(query, key, value, self.scale, ROWS)
         return out.reshape(*query.shape[:2], -1)
 
@@ -187,31 +194,32 @@ class SwiGLU(MegatronModule):
     "The activation between fc1 and fc2, for megatron-core's MLP."
     def forward(self, x: torch.Tensor) -> torch.Tensor: return _SwiGLU.apply(x)
 
-# %% ../nbs/31_megatron.ipynb #6cdf7d18
+# %% ../nbs/31_megatron.ipynb #b874ffa9
 def layer_spec() -> TransformerBlockSubmodules:
     "A Llama block for Megatron-Core without TransformerEngine."
     attention = ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear, core_attention=CausalAttention, linear_proj=RowParallelLinear))
-    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU))
+    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(
+        linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU))
     return ModuleSpec(TransformerLayer, submodules=TransformerLayerSubmodules(
         input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add))
 
-# %% ../nbs/31_megatron.ipynb #64a390a6
+# %% ../nbs/31_megatron.ipynb #707ebec2
 def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, rows: int = 64) -> float:
     "Σ mask·(−log p(label)), mask being 0 or 1; `logits` [n, vocab] is overwritten by the gradient."
     total = 0.0
     for part, y, m in zip(logits.split(rows), labels.split(rows), mask.split(rows)):
         label, highest = part.gather(1, y[:, None])[:, 0].float(), part.amax(1).float()
         p = part.softmax(-1, dtype=torch.float32)
-        losses = highest - p.amax(1).log() - label    # log Σ exp = the highest logit − log of its probability
+        losses = highest - p.amax(1).log() - label    # log Σ exp = highest logit − log of its probability
         total += (losses * m).double().sum().item()
         p[torch.arange(len(y)), y] -= 1
         part.copy_(p)
         part[m == 0] = 0
     return total
 
-# %% ../nbs/31_megatron.ipynb #da3e9956
+# %% ../nbs/31_megatron.ipynb #62f8a763
 CHUNK = 2**26    # logits in memory at once
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -234,57 +242,67 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         return *(x if grad == 1 else x.mul_(grad) for x in ctx.saved_tensors), None, None, None
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    "Σ mask·cross entropy, in fp32, of the logits `hidden @ weight.T` [n, vocab] against `labels` [n]; mask is 0 or 1."
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
+                         mask: torch.Tensor) -> torch.Tensor:
+    "Σ mask·cross entropy, in fp32, of `hidden @ weight.T` [n, vocab] against `labels` [n]; mask is 0 or 1."
     return LinearCrossEntropy.apply(hidden, weight, labels, mask, torch.is_grad_enabled())
 
-# %% ../nbs/31_megatron.ipynb #d5579656
+# %% ../nbs/31_megatron.ipynb #2f95c870
 class Llama(GPTModel):
-    "megatron-core's GPTModel, except that with `labels` and `loss_mask` it gives the summed loss without whole logits."
+    "megatron-core's GPTModel; with `labels` and `loss_mask` it gives the summed loss, without whole logits."
     def _postprocess(self, hidden_states, *args, labels=None, loss_mask=None, **kwargs):
-        if labels is None or not self.post_process: return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
-        return linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels.t().flatten(), loss_mask.t().flatten())
+        if labels is None: return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        labels, mask = labels.t().flatten(), loss_mask.t().flatten()
+        return linear_cross_entropy(hidden_states.flatten(0, 1), weight, labels, mask)
 
-# %% ../nbs/31_megatron.ipynb #fa9b87ca
+# %% ../nbs/31_megatron.ipynb #9e21144b
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+
+def _rope_fits(rope: dict) -> bool:
+    "Whether megatron-core computes this `rope_parameters`: plain, or scaled as Llama 3 is."
+    kind = rope.get("rope_type", "default")
+    return kind == "default" or kind == "llama3" and all(rope[k] == v for k, v in LLAMA3_ROPE.items())
 
 def check_llama(hf) -> None:
     "Raises `UserError` where a transformers configuration asks for what this model does not compute."
-    rope = hf.rope_parameters if getattr(hf, "model_type", "") == "llama" else {}
-    kind = rope.get("rope_type", "default")
-    wrong = {"model_type": hf.model_type if hf.model_type != "llama" else None,
-             "hidden_act": hf.hidden_act if getattr(hf, "hidden_act", "silu") != "silu" else None,
-             "attention_bias": getattr(hf, "attention_bias", False) or None, "mlp_bias": getattr(hf, "mlp_bias", False) or None,
-             "rope_parameters": rope if kind not in ("default", "llama3") or
-                                (kind == "llama3" and any(rope[k] != v for k, v in LLAMA3_ROPE.items())) else None}
-    if wrong := {k: v for k, v in wrong.items() if v is not None}:
-        raise UserError("model: its config.json cannot be trained here: " + ", ".join(f"{k} is {v!r}" for k, v in wrong.items())
-                        + "; Llama 2 and 3, SmolLM and others of model_type llama without biases can")
+    rope = getattr(hf, "rope_parameters", None) or {}
+    wrong = {
+        "model_type": hf.model_type != "llama", "hidden_act": getattr(hf, "hidden_act", "silu") != "silu",
+        "attention_bias": getattr(hf, "attention_bias", False), "mlp_bias": getattr(hf, "mlp_bias", False),
+        "rope_parameters": not _rope_fits(rope)}
+    if not any(wrong.values()): return
+    said = ", ".join(f"{key} is {getattr(hf, key)!r}" for key, is_wrong in wrong.items() if is_wrong)
+    raise UserError(f"model: its config.json cannot be trained here: {said}; Llama 2 and 3, SmolLM and "
+                    "others of model_type llama without biases can")
 
-# %% ../nbs/31_megatron.ipynb #bad19c26
+# %% ../nbs/31_megatron.ipynb #cadf2bae
 def transformer_config(hf, layout: Layout = Layout(), bf16: bool = False) -> TransformerConfig:
-    "megatron-core's configuration for a transformers Llama configuration. Fusions that need CUDA are off without it."
+    "megatron-core's configuration for a transformers Llama's. Fusions that need TransformerEngine are off."
     check_llama(hf)
     keep = lambda weight: weight    # weights are loaded, not drawn; the call still marks them tensor-parallel
     return TransformerConfig(
         num_layers=hf.num_hidden_layers, hidden_size=hf.hidden_size, ffn_hidden_size=hf.intermediate_size,
-        num_attention_heads=hf.num_attention_heads, num_query_groups=hf.num_key_value_heads, kv_channels=hf.head_dim,
-        normalization="RMSNorm", layernorm_epsilon=hf.rms_norm_eps, gated_linear_unit=True, activation_func=F.silu, use_te_activation_func=True,
-        add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, init_method=keep, output_layer_init_method=keep,
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
+        num_attention_heads=hf.num_attention_heads, num_query_groups=hf.num_key_value_heads,
+        kv_channels=hf.head_dim, normalization="RMSNorm", layernorm_epsilon=hf.rms_norm_eps,
+        gated_linear_unit=True, activation_func=F.silu, use_te_activation_func=True,    # the spec's SwiGLU
+        add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
+        init_method=keep, output_layer_init_method=keep, tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
         bf16=bf16, pipeline_dtype=torch.bfloat16 if bf16 else torch.float32, calculate_per_token_loss=True,
-        use_cpu_initialization=True, persist_layer_norm=False, masked_softmax_fusion=False, bias_dropout_fusion=False,
-        bias_activation_fusion=False, apply_rope_fusion=False, batch_p2p_comm=False)
+        use_cpu_initialization=True, persist_layer_norm=False, masked_softmax_fusion=False,
+        bias_dropout_fusion=False, bias_activation_fusion=False, apply_rope_fusion=False,
+        batch_p2p_comm=False)
 
-# %% ../nbs/31_megatron.ipynb #515153ec
+# %% ../nbs/31_megatron.ipynb #051a258d
 def initialize(layout: Layout = Layout(), seed: int = 0) -> torch.device:
-    "Join the process group and place this process in the layout; where there is no CUDA, use the CPU. Returns its device."
+    "Join the process group and take a place in the layout; without CUDA, use the CPU. Gives the device."
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda: torch.cuda.set_device(device)
-    else: use_cpu_backend()
-    if not torch.distributed.is_initialized(): torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    torch.cuda.set_device(device) if cuda else use_cpu_backend()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
     parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -293,20 +311,23 @@ def initialize(layout: Layout = Layout(), seed: int = 0) -> torch.device:
 def build_model(hf, config: TransformerConfig) -> Llama:
     "A GPTModel of a transformers Llama configuration; its weights are not set. Needs `initialize`."
     rope = hf.rope_parameters
-    return Llama(config, layer_spec(), vocab_size=hf.vocab_size, max_sequence_length=hf.max_position_embeddings,
-                 share_embeddings_and_output_weights=hf.tie_word_embeddings, position_embedding_type="rope",
-                 rotary_base=rope["rope_theta"], rope_scaling=rope.get("rope_type") == "llama3", rope_scaling_factor=rope.get("factor", 1.0))
+    return Llama(
+        config, layer_spec(), vocab_size=hf.vocab_size, max_sequence_length=hf.max_position_embeddings,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings, position_embedding_type="rope",
+        rotary_base=rope["rope_theta"], rope_scaling=rope.get("rope_type") == "llama3",
+        rope_scaling_factor=rope.get("factor", 1.0))
 
-# %% ../nbs/31_megatron.ipynb #1801f75c
+# %% ../nbs/31_megatron.ipynb #97616c5d
 def trainable(model: Llama, train: Train, bf16: bool) -> tuple[DistributedDataParallel, "MegatronOptimizer"]:
-    "`model` in its precision behind data parallelism, and its AdamW (0.9, 0.95) with clipping, both megatron-core's."
+    "`model` in its precision behind data parallelism, and AdamW (0.9, 0.95), both megatron-core's."
     config = model.config
     wrapped = Float16Module(config, model) if bf16 else model
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), wrapped)
-    options = OptimizerConfig(optimizer="adam", lr=train.lr, min_lr=train.min_lr, weight_decay=train.weight_decay, adam_beta1=0.9,
-                              adam_beta2=0.95, adam_eps=1e-8, clip_grad=train.clip_grad, bf16=bf16,
-                              params_dtype=torch.bfloat16 if bf16 else torch.float32)
-    optimizer = get_megatron_optimizer(options, [ddp], config_overrides=get_standard_config_overrides(options))
+    options = OptimizerConfig(
+        optimizer="adam", lr=train.lr, min_lr=train.min_lr, weight_decay=train.weight_decay, adam_beta1=0.9,
+        adam_beta2=0.95, adam_eps=1e-8, clip_grad=train.clip_grad, bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32)
+    optimizer = get_megatron_optimizer(options, [ddp], get_standard_config_overrides(options))
     for group in optimizer.param_groups:
         group |= {"fused": True, "foreach": False, "weight_decay": train.weight_decay * group["wd_mult"]}
     config.finalize_model_grads_func, config.no_sync_func = finalize_model_grads, ddp.no_sync

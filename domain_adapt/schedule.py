@@ -19,8 +19,8 @@ def cosine(done: float, high: float, low: float) -> float:
     "From `high` to `low` as `done` goes from 0 to 1: low + ½(high−low)(1+cos π·done)."
     return low + 0.5 * (high - low) * (1 + math.cos(math.pi * done))
 
-# %% ../nbs/30_schedule.ipynb #d76e0850
+# %% ../nbs/30_schedule.ipynb #7fb934c6
 def learning_rate(step: int, train: Train) -> float:
-    "The rate of update `step` (1 ... train.steps) under `train.schedule`: re-warming, then cosine or constant."
+    "The rate of update `step` (1 ... train.steps) under `train.schedule`: re-warm, then cosine or constant."
     if step < train.warmup or train.schedule == "constant": return train.lr * warmed_up(step, train.warmup)
     return cosine((step - train.warmup) / (train.steps - train.warmup), train.lr, train.min_lr)

@@ -25,12 +25,13 @@ def unit_label(documents: int) -> str:
     if documents >= FEW: return "over documents"
     return "within one document" if documents == 1 else f"within {documents} documents"
 
-# %% ../nbs/40_stats.ipynb #f4e5b709
+# %% ../nbs/40_stats.ipynb #1e69ec87
 def resample(sums: np.ndarray, seed: int) -> np.ndarray:
-    "Totals of `sums` (units x columns): row 0 as they are, then `DRAWS` draws of as many units with replacement."
+    "Totals of `sums` (units x columns): row 0 as they are, then `DRAWS` draws of units with replacement."
     n, rng = len(sums), np.random.default_rng(seed)
     step = max(1, 2_000_000 // n)
-    drawn = [rng.multinomial(n, np.full(n, 1 / n), min(step, DRAWS - i)) @ sums for i in range(0, DRAWS, step)]
+    equal, batches = np.full(n, 1 / n), (min(step, DRAWS - i) for i in range(0, DRAWS, step))
+    drawn = [rng.multinomial(n, equal, k) @ sums for k in batches]
     return np.vstack([sums.sum(0, keepdims=True), *drawn])
 
 # %% ../nbs/40_stats.ipynb #4e9ca0ad
@@ -49,30 +50,31 @@ def interval(drawn: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(drawn[1:], [0.025, 0.975])
     return float(low), float(high)
 
-# %% ../nbs/40_stats.ipynb #1627ae3d
+# %% ../nbs/40_stats.ipynb #6ba65336
 def bits_per_byte(nll: float | np.ndarray, size: float | np.ndarray) -> float | np.ndarray:
     "Nats over bytes as bits per byte: −ΣLL / (Σbytes · ln 2), as lm-eval has it."
     return nll / (size * np.log(2))
 
 def draws(blocks: pd.DataFrame, seed: int) -> dict[str, dict[str, np.ndarray]]:
-    """Draws of bits per byte by corpus and variant. `blocks`: variant, corpus, document, block, bytes, nll; one
-    half of the blocks or all. Raises `ValueError` where a variant lacks blocks that another has."""
+    """Draws of bits per byte by corpus and variant. `blocks`: variant, corpus, document, block, bytes, nll;
+    one half of the blocks or all. Raises `ValueError` where a variant lacks blocks that another has."""
     found = {}
     for corpus, b in blocks.groupby("corpus", sort=False):
         unit = units(b)
         nats = b.pivot_table(index=unit, columns="variant", values="nll", aggfunc="sum", sort=False)
         counts = b.groupby("variant").size()
-        if nats.isna().any(axis=None) or counts.nunique() > 1: raise ValueError(f"{corpus}: variants differ in their blocks: {dict(counts)}")
+        if nats.isna().any(axis=None) or counts.nunique() > 1:
+            raise ValueError(f"{corpus}: variants differ in their blocks: {dict(counts)}")
         size = b[b["variant"] == nats.columns[0]].groupby(unit, sort=False)["bytes"].sum().loc[nats.index]
         drawn = bits_per_byte(ratio_draws(nats.to_numpy(), size.to_numpy(), seed), 1)
         found[corpus] = {v: drawn[:, i] for i, v in enumerate(nats.columns)}
     return found
 
-# %% ../nbs/40_stats.ipynb #e149c0d6
+# %% ../nbs/40_stats.ipynb #cb179a8b
 POWER = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
 
 class Paired(NamedTuple):
-    "A difference of two variants on the same units: 95 % interval, two-sided p, smallest difference found with power 0.8."
+    "A difference on the same units: 95 % interval, two-sided p, smallest difference found with power 0.8."
     difference: float
     ci_low: float
     ci_high: float
@@ -80,27 +82,29 @@ class Paired(NamedTuple):
     smallest_detectable: float
 
 def paired(a: np.ndarray, b: np.ndarray) -> Paired:
-    "a − b from draws that share their units. p: twice the smaller share of draws on one side of zero, never 0."
+    "a − b from draws that share their units. p: twice the smaller share of draws beyond 0, never 0."
     d = a - b
     if not np.isfinite(d).all(): return Paired(float(d[0]), *[np.nan] * 4)
     tail = min((d[1:] <= 0).sum(), (d[1:] >= 0).sum())
-    return Paired(float(d[0]), *interval(d), min(1.0, 2 * (tail + 1) / len(d)), POWER * float(d[1:].std(ddof=1)))
+    p = min(1.0, 2 * (tail + 1) / len(d))
+    return Paired(float(d[0]), *interval(d), p, POWER * float(d[1:].std(ddof=1)))
 
-# %% ../nbs/40_stats.ipynb #2518bf36
+# %% ../nbs/40_stats.ipynb #0c16ccee
 def wilson(right: int, n: int) -> tuple[float, float]:
     "95 % interval of an accuracy (Wilson's score interval)."
     low, high = stats.binomtest(int(right), int(n)).proportion_ci(0.95, method="wilson")
     return float(low), float(high)
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> Paired:
-    "Accuracy of a − accuracy of b, right or wrong on the same questions: McNemar's exact p, Bonett and Price's interval."
+    "Accuracy of a less that of b on the same questions: McNemar's exact p, Bonett and Price's interval."
     a, b, n = np.asarray(a, bool), np.asarray(b, bool), len(a)
     x, y = int((a & ~b).sum()), int((~a & b).sum())
     p = stats.binomtest(x, x + y).pvalue if x + y else 1.0
     share, centre = (x + y + 2) / (n + 2), (x - y) / (n + 2)
     half = stats.norm.ppf(0.975) * np.sqrt((share - centre ** 2) / (n + 2))
     error = np.sqrt(x + y - (x - y) ** 2 / n) / n
-    return Paired((x - y) / n, max(-1.0, float(centre - half)), min(1.0, float(centre + half)), float(p), max(POWER * error, 6 / n))
+    low, high = max(-1.0, float(centre - half)), min(1.0, float(centre + half))
+    return Paired((x - y) / n, low, high, float(p), max(POWER * error, 6 / n))
 
 # %% ../nbs/40_stats.ipynb #049c91d2
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
@@ -115,7 +119,7 @@ def verdict(difference: float, q: float, lower_is_better: bool = False) -> str:
     if not q <= 0.05 or difference == 0: return "cannot tell"
     return "better" if (difference < 0) == lower_is_better else "worse"
 
-# %% ../nbs/40_stats.ipynb #cf37c94d
+# %% ../nbs/40_stats.ipynb #c1619c76
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     "`part / whole` draw by draw; all NaN where the interval of `whole` covers 0 or is undefined."
     low, high = interval(whole)
@@ -126,7 +130,7 @@ def forgetting(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.maximum(0, np.asarray(before) - np.asarray(after)).mean(axis=0)
 
 def recovery(before: np.ndarray, cpt: np.ndarray, merged: np.ndarray) -> np.ndarray:
-    "Share of what training forgot that the merge brings back: (merged − cpt) / (before − cpt), from draws."
+    "Share of what training forgot that a merge brings back: (merged − cpt) / (before − cpt), from draws."
     return _share(merged - cpt, before - cpt)
 
 def retention(before: np.ndarray, cpt: np.ndarray, merged: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ __all__ = ['LIBC', 'TOLERANCE', 'check_layout', 'export_steps', 'launch', 'take_
            'load', 'masters', 'update', 'over_processes', 'heldout_losses', 'save_checkpoint', 'save_export', 'Clock',
            'work']
 
-# %% ../nbs/33_train.ipynb #33b38efd
-import contextlib, ctypes, json, math, os, platform, resource, shutil, signal, subprocess, sys, tempfile, time, traceback
+# %% ../nbs/33_train.ipynb #eb31c08a
+import contextlib, ctypes, json, math, os, platform, resource, shutil, signal, subprocess, sys
+import tempfile, time, traceback
 from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
@@ -20,20 +21,21 @@ from .params import Params, Train, UserError, validate
 from .runs import ROOT, environment, progress, whole_folder, write_csv, write_json
 from .schedule import learning_rate
 
-# %% ../nbs/33_train.ipynb #c50e10e3
+# %% ../nbs/33_train.ipynb #9d2caf58
 def check_layout(train: Train) -> None:
     "Raises `UserError` where the layout, the processes and the batch do not fit or are not to be had."
     for name, size in train.layout:
-        if size > 1: raise UserError(f"train.layout.{name}: {size} is not available; set it to 1 and use train.processes")
+        if size > 1:
+            raise UserError(f"train.layout.{name}: {size} is not available; set it to 1, use train.processes")
     if train.global_batch % (train.micro_batch * train.processes):
-        raise UserError(f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
-                        f"train.processes {train.processes}")
+        raise UserError(f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch "
+                        f"{train.micro_batch} x train.processes {train.processes}")
 
 def export_steps(train: Train) -> list[int]:
     "Steps after which a checkpoint and an export are kept, the last being the end."
     return sorted({max(1, round(share * train.steps)) for share in train.export_at})
 
-# %% ../nbs/33_train.ipynb #5ba9a40b
+# %% ../nbs/33_train.ipynb #593136ba
 LIBC = ctypes.CDLL(None)    # before any fork: loading a library after one can deadlock
 
 def _die_with_parent() -> None:
@@ -43,22 +45,27 @@ def _die_with_parent() -> None:
 def _command(job: Path, processes: int) -> list[str]:
     "torchrun over `processes` processes on this machine, each calling `work(job)`."
     work = f"from domain_adapt.train import work; work({str(job)!r})"
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python",
-            sys.executable, "-W", "ignore", "-c", work]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+            "--no-python", sys.executable, "-W", "ignore", "-c", work]
 
-# %% ../nbs/33_train.ipynb #226972ef
+# %% ../nbs/33_train.ipynb #ba4afd72
+def _tail(log: Path) -> str: return log.read_text(errors="replace")[-2000:]
+
 def _failure(error: Path, log: Path, code: int) -> Exception:
     "The exception that says why training ended with `code`."
     told = json.loads(error.read_text()) if error.is_file() else {}
     if told.get("kind") == "UserError": return UserError(told["message"])
     if told: return RuntimeError(f"training failed: {told['kind']}: {told['message']}\n{told['traceback']}")
-    return RuntimeError(f"training ended with code {code} and no message; if the kernel killed it, memory ran out: lower "
-                        f"train.micro_batch or tokens.sequence_length\n{log.read_text(errors='replace')[-2000:]}")
+    return RuntimeError(f"training ended with code {code} and no message; if the kernel killed it, memory "
+                        f"ran out: lower train.micro_batch or tokens.sequence_length\n{_tail(log)}")
 
-def _lines(path: Path) -> int: return path.read_bytes().count(b"\n") if path.is_file() else 0
+def _steps_done(out: Path) -> int:
+    "Updates that `metrics.jsonl` tells of; its first line is step 0."
+    metrics = out / "metrics.jsonl"
+    return max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.is_file() else 0
 
 def launch(job: dict, processes: int, steps: int) -> None:
-    "Train in processes of their own and wait, showing progress. Raises what stopped them; leaves none behind."
+    "Train in processes of their own, showing progress. Raises what stopped them and leaves none behind."
     out = Path(job["out"])
     with tempfile.TemporaryDirectory(prefix="domain-adapt-") as tmp, open(out / "log.txt", "wb") as log, \
          progress(total=steps, description="train") as bar:
@@ -66,12 +73,12 @@ def launch(job: dict, processes: int, steps: int) -> None:
         write_json(file, job | {"error": str(error)})
         env = {"GLOO_SOCKET_IFNAME": "lo"} if platform.system() == "Linux" else {}
         env |= os.environ | {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes))}
-        child = subprocess.Popen(_command(file, processes), cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                 preexec_fn=_die_with_parent)
+        child = subprocess.Popen(_command(file, processes), cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
+                                 stdout=log, stderr=log, preexec_fn=_die_with_parent)
         try:
             while child.poll() is None:
                 time.sleep(0.2)
-                bar.update(max(0, _lines(out / "metrics.jsonl") - 1 - bar.n))
+                bar.update(_steps_done(out) - bar.n)
         finally: _stop(child)
         if child.returncode: raise _failure(error, out / "log.txt", child.returncode)
 
@@ -82,38 +89,42 @@ def _stop(child: subprocess.Popen) -> None:
     try: child.wait(20)
     except subprocess.TimeoutExpired: child.kill(); child.wait()
 
-# %% ../nbs/33_train.ipynb #b10352ba
+# %% ../nbs/33_train.ipynb #f8c58019
 def take_checkpoint(name: str, out: Path) -> None:
-    "Use the model `name` in place of one trained here: its folder becomes the only export, with nothing seen."
+    "Use the model `name` in place of one trained here: it becomes the only export, with nothing seen."
     shutil.copytree(get_model(name), out / "hf" / "step_0")
     (out / "metrics.jsonl").touch()
     write_csv(out / "mixture.csv", pd.DataFrame(columns=["corpus", "asked", "documents", "tokens", "share"]))
     write_json(out / "info.json", {"checkpoint": name})
 
 def train(params: Params, folders: dict[str, Path], out: Path) -> None:
-    "The train stage: `metrics.jsonl`, `mixture.csv`, `info.json`, `checkpoints/` and `hf/step_<n>/` below `out`."
+    "The train stage: metrics.jsonl, mixture.csv, info.json, checkpoints/ and hf/step_<n>/ below `out`."
     if params.train.checkpoint: return take_checkpoint(params.train.checkpoint, out)
     check_layout(params.train)
     blend = pd.read_csv(folders["tokens"] / "mixture.csv")
     check_mixture(params, blend)
-    launch(dict(params=params.model_dump(mode="json"), model=str(get_model(params.model)), tokens=str(folders["tokens"].absolute()),
-                out=str(out.absolute())), params.train.processes, params.train.steps)
+    job = dict(params=params.model_dump(mode="json"), model=str(get_model(params.model)),
+               tokens=str(folders["tokens"].absolute()), out=str(out.absolute()))
+    launch(job, params.train.processes, params.train.steps)
 
-# %% ../nbs/33_train.ipynb #40b11307
+# %% ../nbs/33_train.ipynb #0c864134
 class Vocabulary:
     "What megatron-core's datasets ask of a tokenizer when the text is tokens already."
-    def __init__(self, size: int, eod: int): self.vocab_size, self.eod, self.unique_identifiers = size, eod, {"size": size, "eod": eod}
+    def __init__(self, size: int, eod: int):
+        self.vocab_size, self.eod, self.unique_identifiers = size, eod, {"size": size, "eod": eod}
 
-def _dataset(split: int, prefixes: list[Path], weights: list[float] | None, samples: int | None, vocabulary, params: Params, cache: Path):
-    "megatron-core's dataset for split 0 (train) or 1 (held out)."
+def _dataset(split: int, prefixes: list[Path], weights: list[float] | None, samples: int | None,
+             vocabulary: Vocabulary, params: Params, cache: Path):
+    "megatron-core's dataset for split 0 (train) or 1 (held out), its index kept in the folder `cache`."
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     blend = [None] * 3
     blend[split] = [str(p) for p in prefixes], weights
     config = GPTDatasetConfig(
-        random_seed=params.seed, sequence_length=params.tokens.sequence_length, blend_per_split=blend, path_to_cache=str(cache),
-        mid_level_dataset_surplus=0.05, tokenizer=vocabulary, reset_position_ids=False, reset_attention_mask=False,
-        eod_mask_loss=False, create_attention_mask=False, drop_last_partial_validation_sequence=False)
+        random_seed=params.seed, sequence_length=params.tokens.sequence_length, blend_per_split=blend,
+        path_to_cache=str(cache), mid_level_dataset_surplus=0.05, tokenizer=vocabulary,
+        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+        create_attention_mask=False, drop_last_partial_validation_sequence=False)
     sizes = [0] * 3
     sizes[split] = samples
     return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[split]
@@ -151,7 +162,7 @@ def collate(data, rows: range, device) -> dict:
     samples = [data[i] for i in rows]
     return {k: torch.stack([s[k] for s in samples]).to(device) for k in ("tokens", "labels", "loss_mask")}
 
-# %% ../nbs/33_train.ipynb #c748545d
+# %% ../nbs/33_train.ipynb #9a0dfefc
 class Drawn:
     "Counts, over the batches of a run, tokens and documents of each corpus."
     def __init__(self, data, corpora: list[str]):
@@ -159,36 +170,38 @@ class Drawn:
         self.tokens, self.documents = dict.fromkeys(corpora, 0), {c: set() for c in corpora}
 
     def add(self, rows: range) -> None:
+        blend = self.data if hasattr(self.data, "datasets") else None
         for i in rows:
-            at, j = (self.data.dataset_index[i], self.data.dataset_sample_index[i]) if hasattr(self.data, "datasets") else (0, i)
+            at, j = (blend.dataset_index[i], blend.dataset_sample_index[i]) if blend is not None else (0, i)
             part, corpus = parts(self.data)[at], self.corpora[at]
-            first, last = part.sample_index[part.shuffle_index[j]], part.sample_index[part.shuffle_index[j] + 1]
+            first, last = part.sample_index[part.shuffle_index[j] + np.arange(2)]
             self.tokens[corpus] += part.config.sequence_length
             self.documents[corpus].update(part.document_index[first[0]:last[0] + 1].tolist())
 
     def table(self, blend: pd.DataFrame) -> pd.DataFrame:
         "corpus, asked, documents, tokens, share: asked for and drawn."
-        rows = [(c, a, len(self.documents.get(c, ())), self.tokens.get(c, 0)) for c, a in zip(blend["corpus"], blend["asked"])]
-        table = pd.DataFrame(rows, columns=["corpus", "asked", "documents", "tokens"])
+        table = blend[["corpus", "asked"]].copy()
+        table["documents"] = [len(self.documents.get(c, ())) for c in table["corpus"]]
+        table["tokens"] = [self.tokens.get(c, 0) for c in table["corpus"]]
         return table.assign(share=table["tokens"] / max(1, table["tokens"].sum()))
 
-# %% ../nbs/33_train.ipynb #dc9cafac
+# %% ../nbs/33_train.ipynb #a9a078bb
 TOLERANCE = 1e-3
 
 def check_logits(model, reference, ids) -> dict:
-    "Largest difference of the logits on `ids` [batch, sequence] and agreement of the likeliest token. Raises `UserError`."
+    "How far the logits on `ids` [batch, sequence] are from transformers'. Raises `UserError` where too far."
     import torch
     with torch.no_grad(): ours, theirs = model(ids, None, None), reference(ids).logits
-    figures = dict(tokens=ids.numel(), largest_difference=(ours - theirs).abs().max().item(),
-                   largest_logit=theirs.abs().max().item(), same_top_token=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
-    if not figures["largest_difference"] <= TOLERANCE * max(1.0, figures["largest_logit"]):
-        raise UserError(f"model: converted to Megatron-Core its logits differ from transformers' by {figures['largest_difference']:.3g}; "
-                        "its config.json asks for something that this trainer does not compute")
-    return figures
+    difference, highest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, highest):
+        raise UserError(f"model: converted to Megatron-Core its logits differ from transformers' by "
+                        f"{difference:.3g}; its config.json asks for something that is not computed here")
+    return dict(tokens=ids.numel(), largest_difference=difference, largest_logit=highest,
+                same_top_token=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
 
-# %% ../nbs/33_train.ipynb #a35c47d4
+# %% ../nbs/33_train.ipynb #8d99de01
 def load(folder: str, params: Params, ids, bf16: bool, device) -> tuple:
-    "Model and optimizer with the weights of an HF folder, its configuration, and the figures of the logits check."
+    "Model and optimizer with the weights of an HF folder, its configuration, figures of the logits check."
     import torch
     from domain_adapt import convert, megatron
     reference = load_model(folder, "fp32").to(device)
@@ -212,9 +225,9 @@ def _inner(model):
     while hasattr(model, "module"): model = model.module
     return model
 
-# %% ../nbs/33_train.ipynb #b77fac2f
+# %% ../nbs/33_train.ipynb #84447d59
 def update(ddp, optimizer, batches: list[dict], lr: float) -> tuple[float, float]:
-    "Learn from a global batch at rate `lr`, by megatron-core's schedule. Gives the mean loss of this process and the grad norm."
+    "Learn from a global batch at rate `lr`. Gives this process's mean loss and the norm of the gradient."
     from functools import partial
     from megatron.core.pipeline_parallel import get_forward_backward_func
     def loss(mask, total): return total, mask.sum().int(), total.detach().clone()
@@ -226,20 +239,21 @@ def update(ddp, optimizer, batches: list[dict], lr: float) -> tuple[float, float
     optimizer.zero_grad()
     for group in optimizer.param_groups: group["lr"] = lr
     rows, length = batches[0]["tokens"].shape
-    totals = get_forward_backward_func()(forward_step_func=forward, data_iterator=iter(batches), model=ddp,
-                                         num_microbatches=len(batches), seq_length=length, micro_batch_size=rows)
+    totals = get_forward_backward_func()(
+        forward_step_func=forward, data_iterator=iter(batches), model=ddp, num_microbatches=len(batches),
+        seq_length=length, micro_batch_size=rows)
     _, norm, _ = optimizer.step()
     return sum(t.item() for t in totals) / sum(b["loss_mask"].sum().item() for b in batches), norm
 
-def over_processes(*values: float, op: str = "SUM") -> list[float]:
-    "Each value summed (or another reduction) over all processes."
+def over_processes(*values: float) -> list[float]:
+    "Each value summed over all processes."
     import torch
     device = "cuda" if torch.cuda.is_available() else "cpu"
     both = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(both, op=getattr(torch.distributed.ReduceOp, op))
+    torch.distributed.all_reduce(both)
     return both.tolist()
 
-# %% ../nbs/33_train.ipynb #b84a62c9
+# %% ../nbs/33_train.ipynb #8fc3b007
 def heldout_losses(ddp, heldout: dict, params: Params, rank: int, world: int, device) -> dict[str, float]:
     "Mean loss per token on the first `train.validation.tokens` of each held-out corpus."
     import torch
@@ -249,13 +263,14 @@ def heldout_losses(ddp, heldout: dict, params: Params, rank: int, world: int, de
         total = count = 0.0
         for i in range(rank * size, samples, world * size):
             batch = collate(data, range(i, min(i + size, samples)), device)
-            with torch.no_grad(): total += ddp.module(batch["tokens"], None, None, labels=batch["labels"], loss_mask=batch["loss_mask"]).item()
+            ids = batch.pop("tokens")
+            with torch.no_grad(): total += ddp.module(ids, None, None, **batch).item()
             count += batch["loss_mask"].sum().item()
         total, count = over_processes(total, count)
         losses[f"heldout/{corpus}"] = total / count
     return losses
 
-# %% ../nbs/33_train.ipynb #d3a87b5b
+# %% ../nbs/33_train.ipynb #546188e0
 def save_checkpoint(ddp, optimizer, step: int, folder: Path) -> None:
     "megatron-core's torch_dist checkpoint of model, optimizer and step. Every process calls this."
     import torch
@@ -272,7 +287,8 @@ def save_checkpoint(ddp, optimizer, step: int, folder: Path) -> None:
 def save_export(ddp, hf, source: str, folder: Path) -> None:
     "The model as an HF folder, from its fp32 weights."
     from domain_adapt.convert import export_hf, to_hf
-    with whole_folder(folder) as beside: export_hf(to_hf({n: p.cpu() for n, p in masters(ddp).items()}, hf), source, beside)
+    weights = {n: p.cpu() for n, p in masters(ddp).items()}
+    with whole_folder(folder) as beside: export_hf(to_hf(weights, hf), source, beside)
 
 # %% ../nbs/33_train.ipynb #e7d65e2e
 class Clock(dict):
@@ -283,8 +299,9 @@ class Clock(dict):
         try: yield
         finally: self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
 
-# %% ../nbs/33_train.ipynb #be5897e9
-def _loop(params: Params, ddp, optimizer, data, drawn: Drawn, measure, keep, metrics: Path, clock: Clock, device) -> None:
+# %% ../nbs/33_train.ipynb #87ca1802
+def _loop(params: Params, ddp, optimizer, data, drawn: Drawn, measure, keep, metrics: Path, clock: Clock,
+          device) -> None:
     "Every step: draw, learn, count, write a line of metrics; held-out losses and exports where they are due."
     import torch
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -299,36 +316,45 @@ def _loop(params: Params, ddp, optimizer, data, drawn: Drawn, measure, keep, met
                 batches = [collate(data, m, device) for m in micro_batches(rows, t.micro_batch, rank, world)]
                 loss, norm = update(ddp, optimizer, batches, lr)
                 drawn.add(rows)
-                loss, = (x / world for x in over_processes(loss))
-            if not math.isfinite(loss) or not math.isfinite(norm): raise UserError(
-                f"train: step {step} gave loss {loss} and grad norm {norm}; lower train.lr ({t.lr}) or look at the documents")
-            seen = t.global_batch * params.tokens.sequence_length
-            line = dict(step=step, tokens=step * seen, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=seen / (time.perf_counter() - started))
+                loss = over_processes(loss)[0] / world
+            if not math.isfinite(loss + norm):
+                raise UserError(f"train: step {step} gave loss {loss} and grad norm {norm}; lower train.lr "
+                                f"({t.lr}) or look at the documents")
+            seen, seconds = t.global_batch * params.tokens.sequence_length, time.perf_counter() - started
+            line = dict(step=step, tokens=step * seen, loss=loss, lr=lr, grad_norm=norm,
+                        tokens_per_second=seen / seconds)
             if step in export_steps(t):
                 with clock("export"): keep(step)
             if due(step):
                 with clock("validation"): line |= measure()
             write(**line)
 
-# %% ../nbs/33_train.ipynb #9a7af3a1
-def _info(params: Params, bf16: bool, ddp, optimizer, data, check: dict, clock: Clock, drawn: Drawn) -> dict:
+# %% ../nbs/33_train.ipynb #2bdd0a14
+def _classes(ddp, optimizer, data) -> dict[str, str]:
+    "Which of megatron-core's classes did the work."
+    name = lambda kind: f"{kind.__module__}.{kind.__qualname__}"
+    model = next(c for c in type(_inner(ddp)).__mro__ if c.__module__.startswith("megatron.core"))
+    used = dict(parallel=ddp, optimizer=optimizer.chained_optimizers[0], data=data, corpus=parts(data)[0])
+    return dict(model=name(model), **{k: name(type(v)) for k, v in used.items()})
+
+def _info(params: Params, bf16: bool, ddp, optimizer, data, drawn: Drawn, check: dict, clock: Clock) -> dict:
     "What a reader must know of how the model was made."
     import torch
-    from megatron.core.models.gpt import GPTModel
-    name = lambda x: f"{type(x).__module__}.{type(x).__qualname__}"
-    inner = optimizer.chained_optimizers[0]
-    memory, = over_processes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if platform.system() == "Linux" else 1))
-    base = next(c for c in type(_inner(ddp)).__mro__ if c.__module__.startswith("megatron.core"))
+    unit = 1024 if platform.system() == "Linux" else 1
+    memory, = over_processes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    size = [int(part.dataset.sequence_lengths.sum()) for part in parts(data)]
+    probed = params.train.precision == "auto"
     return dict(
         precision="bf16" if bf16 else "fp32",
-        precision_chosen=f"bf16 multiplies {bf16_speedup():.1f} times as fast as fp32 here" if params.train.precision == "auto" else "asked for",
-        parameters=sum(p.numel() for p in ddp.parameters()), tokens=sum(drawn.tokens.values()), logits_check=check,
-        epochs={c: n / int(p.dataset.sequence_lengths.sum()) for (c, n), p in zip(drawn.tokens.items(), parts(data))},
-        processes=torch.distributed.get_world_size(), threads=torch.get_num_threads(), layout=params.train.layout.model_dump(),
-        device="cuda" if torch.cuda.is_available() else "cpu", seconds={k: round(v, 1) for k, v in clock.items()}, peak_memory_bytes=int(memory),
-        megatron=dict(model=f"{base.__module__}.{base.__qualname__}", parallel=name(ddp), optimizer=name(inner), data=name(data), corpus=name(parts(data)[0])),
-        versions=environment())
+        precision_chosen=f"bf16 is {bf16_speedup():.1f} times as fast as fp32" if probed else "asked for",
+        parameters=sum(p.numel() for p in ddp.parameters()), tokens=sum(drawn.tokens.values()),
+        epochs={c: n / s for (c, n), s in zip(drawn.tokens.items(), size)}, logits_check=check,
+        processes=torch.distributed.get_world_size(), threads=torch.get_num_threads(),
+        layout=params.train.layout.model_dump(), device="cuda" if torch.cuda.is_available() else "cpu",
+        seconds={k: round(v, 1) for k, v in clock.items()}, peak_memory_bytes=int(memory),
+        megatron=_classes(ddp, optimizer, data), versions=environment())
 
+# %% ../nbs/33_train.ipynb #3985b507
 def _work(job: dict) -> None:
     "Train as `job` says, in this process and its peers."
     clock, out, params = Clock(), Path(job["out"]), validate(job["params"])
@@ -337,9 +363,9 @@ def _work(job: dict) -> None:
         from domain_adapt import megatron
         from transformers import AutoConfig
     tune_cpu()
-    bf16 = best_dtype(params.train.precision) == "bf16"
     device = megatron.initialize(params.train.layout, params.seed)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    bf16 = over_processes(best_dtype(params.train.precision) == "bf16") == [world]    # all or none
     with clock("data"):
         tokens, blend = Path(job["tokens"]), pd.read_csv(Path(job["tokens"]) / "mixture.csv")
         hf = AutoConfig.from_pretrained(job["model"])
@@ -358,7 +384,7 @@ def _work(job: dict) -> None:
 
     measure = lambda: heldout_losses(ddp, heldout, params, rank, world, device)
     _loop(params, ddp, optimizer, data, drawn, measure, keep, out / "metrics.jsonl", clock, device)
-    info = _info(params, bf16, ddp, optimizer, data, check, clock, drawn)
+    info = _info(params, bf16, ddp, optimizer, data, drawn, check, clock)
     if rank == 0:
         write_csv(out / "mixture.csv", drawn.table(blend))
         write_json(out / "info.json", info)

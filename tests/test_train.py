@@ -206,7 +206,7 @@ def test_an_error_over_there_comes_back_as_one_message(tiny_llama, tokens, tmp_p
         "rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}))
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="rope_parameters is .*linear"):
-        train(tiny_params(biased, "train.processes=2"), {"tokens": tokens}, tmp_path / "out")
+        train(tiny_params(biased), {"tokens": tokens}, tmp_path / "out")
 
 
 @pytest.mark.fault

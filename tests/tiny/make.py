@@ -66,6 +66,37 @@ def documents() -> None:
     write("news.cor", "".join(story(r, 9) + "\n" for _ in range(40)))
 
 
+def benchmarks() -> None:
+    "Eight items a task (three a subject) in the layout of the data sets that the suite `quick` reads."
+    r = random.Random("benchmarks")
+    def pick(k: int) -> list[str]: return r.sample(PLACES, k)
+    def items(folder: str, rows: list[dict]) -> None:
+        write(f"benchmarks/hf_datasets/{folder}/items.jsonl", "".join(json.dumps(x) + "\n" for x in rows))
+
+    def hellaswag(i: int) -> dict:
+        return dict(ind=i, activity_label="Walking", ctx_a=f"A teacher walks to the {pick(1)[0]}.", ctx_b="she", ctx="", source_id=f"t~{i}",
+                    endings=[f"looks at the {x} [step] and goes home." for x in pick(4)], split="val", split_type="indomain", label=str(r.randrange(4)))
+
+    def arc(i: int) -> dict:
+        names = pick(3 + i % 2)
+        return dict(id=f"t{i}", question=f"Which is nearest to the {pick(1)[0]}?", choices=dict(text=names, label=list("ABCD")[:len(names)]),
+                    answerKey="ABC"[r.randrange(3)])
+
+    def piqa(i: int) -> dict:
+        a, b, c = pick(3)
+        return dict(goal=f"How do you cross the {a}?", sol1=f"Walk over the {b}.", sol2=f"Wait at the {c} until it is dry.", label=r.randrange(2))
+
+    def boolq(i: int) -> dict:
+        a, b, c = pick(3)
+        return dict(question=f"is the {a} near the {b}", answer=bool(r.randrange(2)), passage=f"The {a} lies beside the {c}. The {b} was named after a teacher.")
+
+    for folder, one in {"hellaswag/none/validation": hellaswag, "ai2_arc/ARC-Easy/validation": arc, "piqa/plain_text/validation": piqa,
+                        "boolq/none/validation": boolq}.items(): items(folder, [one(i) for i in range(8)])
+    for subject in ("professional_accounting", "management", "marketing", "econometrics", "high_school_macroeconomics", "high_school_microeconomics"):
+        items(f"hails/mmlu_no_train/{subject}/test", [dict(question=f"Which of these is sold at the {pick(1)[0]}?", subject=subject, choices=pick(4),
+                                                           answer=r.randrange(4)) for _ in range(3)])
+
+
 def write(name: str, text: str) -> None:
     (HERE / name).parent.mkdir(parents=True, exist_ok=True)
     (HERE / name).write_text(text, encoding="utf-8")
@@ -93,6 +124,7 @@ def model(at: Path, seed: int = 0, hidden: int = 32, layers: int = 2) -> None:
 
 
 if __name__ == "__main__":
-    for name in ("filings", "model"): shutil.rmtree(HERE / name, ignore_errors=True)
+    for name in ("filings", "benchmarks", "model"): shutil.rmtree(HERE / name, ignore_errors=True)
     documents()
+    benchmarks()
     model(HERE / "model")
