@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PARAMS ?= params/quickstart.yaml
 BIN := .venv/bin
 
-.PHONY: report test lab bench lock
+.PHONY: report test lab bench
 report: .venv
 	@$(BIN)/domain-adapt run $(PARAMS)
 
@@ -27,3 +27,6 @@ lab: .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+bench: .venv
+	@$(BIN)/python tests/benchmarks/run.py

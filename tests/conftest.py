@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from domain_adapt.runs import STAGES
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # tiny models lose more to a second thread than they gain
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny"
+TINY_YAML = "params/tiny.yaml"
 
 
 def _make():
@@ -49,6 +52,22 @@ def cli():
         return subprocess.run([sys.executable, "-m", "domain_adapt.cli", *map(str, words)], cwd=ROOT, text=True, capture_output=True,
                               env=os.environ | (env or {}), timeout=timeout, **kw)
     return call
+
+
+def stages(text: str) -> dict[str, str]:
+    "What each stage's last line said: 'done' or 'up to date'."
+    words = [line.split() for line in text.splitlines() if line.split() and line.split()[0] in STAGES]
+    return {w[0]: "done" if w[1] == "done" else " ".join(w[1:]) for w in words}
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, cli) -> Path:
+    "Outputs folder of a finished tiny run. Tests that change it work on a copy."
+    outputs = tmp_path_factory.mktemp("outputs")
+    done = cli("run", TINY_YAML, env={"DOMAIN_ADAPT_OUTPUTS": str(outputs)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(stages(done.stdout).values()) == {"done"} and f"report: {outputs}/tiny/6_report/index.html" in done.stdout
+    return outputs
 
 
 def pytest_addoption(parser):

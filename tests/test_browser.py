@@ -27,9 +27,11 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def site() -> Path:
-    return made_run.site()
+@pytest.fixture(scope="module", params=["tiny", "made"])
+def site(request) -> Path:
+    "The tiny run's report as the pipeline made it, and one of an invented run with hostile text in it."
+    if request.param == "made": return made_run.site()
+    return request.getfixturevalue("tiny_run") / "tiny" / "6_report"
 
 
 @contextlib.contextmanager

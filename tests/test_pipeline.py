@@ -13,10 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, TINY_YAML, stages
 from domain_adapt.runs import STAGES
 
-TINY_YAML = "params/tiny.yaml"
 CSVS = {
     "1_ingest/funnel.csv": "corpus,step,documents,characters",
     "2_tokens/mixture.csv": "corpus,asked,documents,tokens,share",
@@ -27,22 +26,6 @@ CSVS = {
     "5_evaluate/benchmarks.csv": "variant,suite,task,metric,value,stderr,ci_low,ci_high,n,fewshot,chat_template,dtype,seed",
     "5_evaluate/comparisons.csv": "variant,against,measure,difference,ci_low,ci_high,p,q,smallest_detectable,verdict",
 }
-
-
-def stages(text: str) -> dict[str, str]:
-    "What each stage's last line said: 'done' or 'up to date'."
-    words = [line.split() for line in text.splitlines() if line.split() and line.split()[0] in STAGES]
-    return {w[0]: "done" if w[1] == "done" else " ".join(w[1:]) for w in words}
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory, cli) -> Path:
-    "Outputs folder of a finished tiny run. Tests that change it work on a copy."
-    outputs = tmp_path_factory.mktemp("outputs")
-    done = cli("run", TINY_YAML, env={"DOMAIN_ADAPT_OUTPUTS": str(outputs)})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert set(stages(done.stdout).values()) == {"done"} and f"report: {outputs}/tiny/6_report/index.html" in done.stdout
-    return outputs
 
 
 @pytest.fixture
