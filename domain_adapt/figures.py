@@ -452,7 +452,7 @@ def sweep(table: pd.DataFrame, width: float = 7.4) -> Figure:
     label_points(ax, {v: tuple(r[AXES]) for v, r in t.iterrows()}, along, fontsize=9)
     return fig
 
-# %% ../nbs/60_figures.ipynb #183891b0
+# %% ../nbs/60_figures.ipynb #cef0e0e0
 PARTS = {"attention": "#8f6bbf", "mlp": "#c08a1e", "other": "#7d8590"}
 
 @drawing
@@ -464,6 +464,7 @@ def geometry(table: pd.DataFrame, width: float = 7.4) -> Figure:
     t = t.assign(percent=t["relative_norm"] * 100)
     sns.lineplot(t, x="layer", y="percent", hue="kind", palette=PARTS, marker="o", markersize=3.5, markeredgewidth=0, lw=1.8,
                  estimator=None, legend=False, ax=ax)
+    ax.set_ylabel("")
     for kind, rows in t.groupby("kind"):
         rows = rows.sort_values("layer")
         ends[kind] = (rows["percent"].iloc[-1], PARTS[kind])

@@ -467,21 +467,21 @@ html[data-theme="dark"] .bd-content div.cell_output .text_html {
 @media print { .plate, .tiles { break-inside: avoid; } .rows { max-height: none; } }
 """
 
-# %% ../nbs/61_report.ipynb #135dd126
+# %% ../nbs/61_report.ipynb #435bcfac
 def build_site(title: str, pages: dict[str, str], extra: dict[str, str], out: Path) -> None:
     "Build `pages` (file name to source, .md or .ipynb) and `extra` files into the site at `out`."
     with tempfile.TemporaryDirectory() as tmp:
-        source, trees = Path(tmp) / "source", Path(tmp) / "trees"
+        source, trees, site = (Path(tmp) / n for n in ("source", "trees", "built/site"))
         made = {"conf.py": CONF.format(title=repr(plain(title))), "_static/report.css": LAYOUT + PARTS}
         files = {**made, **pages, **{f"extra/{n}": t for n, t in extra.items()}}
         for name, text in files.items(): write_text(source / name, text)
-        command = [sys.executable, "-m", "sphinx", "-E", "-q", "-b", "html", "-d", trees, source, out]
+        command = [sys.executable, "-m", "sphinx", "-E", "-q", "-b", "html", "-d", trees, source, site]
         done = subprocess.run(command, capture_output=True, text=True)
         said = done.stderr.replace(f"{source}/", "").strip()
         if done.returncode: raise RuntimeError(f"sphinx could not build the report: {said}")
         if said: print(said)
-    for unused in (*out.rglob("*.map"), out / ".buildinfo", out / "objects.inv"):
-        unused.unlink(missing_ok=True)
+        unused = shutil.ignore_patterns("*.map", ".buildinfo", "objects.inv", "_sources")
+        shutil.copytree(site, out, ignore=unused, dirs_exist_ok=True)
 
 # %% ../nbs/61_report.ipynb #b0bbb03d
 def build_report(params: Params, folders: dict[str, Path], out: Path) -> None:

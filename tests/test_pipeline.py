@@ -51,6 +51,7 @@ def test_a_run_leaves_what_the_contract_says(tiny_run):
         assert (run / name).exists(), name
     manifest = json.loads((run / "manifest.json").read_text())
     assert list(manifest["stages"]) == list(STAGES)
+    assert {p.name.split("-")[0] for p in (tiny_run / ".stages").iterdir()} == {*STAGES, ".locks"}, "a stage writes its own folder only"
     for i, stage in enumerate(STAGES, 1):
         assert (run / f"{i}_{stage}").resolve() == (tiny_run / manifest["stages"][stage]["folder"]).resolve()
         assert (run / "notebooks" / f"{i}_{stage}.ipynb").exists()
