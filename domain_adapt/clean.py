@@ -166,11 +166,12 @@ def corpus_files(name: str, corpus: Corpus) -> tuple[Path, list[str]]:
     if files := files_below(root): return root, files
     raise UserError(f"corpora.{name}.path: {corpus.path}: the folder holds no files; give one that does")
 
-# %% ../nbs/15_clean.ipynb #25d3f103
+# %% ../nbs/15_clean.ipynb #f28e6894
 def _read(name: str, corpus: Corpus, params: Params, out: Path, to: Path) -> list[tuple[str, Counts]]:
     "Documents that pass the filters of single documents, written to `to`; what each step left."
     root, files = corpus_files(name, corpus)
     write_json(listing := out / "logs" / name / "files.json", files)
+    (out / "dropped" / name).mkdir(parents=True)
     made = filters(corpus, params.ingest.min_words, out / "dropped" / name)
     steps = [Reader(name, corpus, root, listing), *made.values(), JsonlWriter(str(to), compression=None)]
     tasks = min(len(files), MAX_TASKS)

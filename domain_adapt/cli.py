@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'File', 'Sets', 'run', 'check_command', 'main']
 
-# %% ../nbs/71_cli.ipynb #c5753f87
-import sys
+# %% ../nbs/71_cli.ipynb #5a0fe65f
+import errno, sys
 from pathlib import Path
 from typing import Annotated
 import typer
 from rich.console import Console
 from .params import UserError, load_params
-from .runs import STAGES
+from .runs import STAGES, outputs
 
 # %% ../nbs/71_cli.ipynb #7756211b
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -70,13 +70,17 @@ def check_command(params: File, set_: Sets = [],
     if problems: raise UserError("\n".join(f"{params}: {p}" for p in problems))
     print(f"{params}: nothing wrong found")
 
-# %% ../nbs/71_cli.ipynb #9b89a515
+# %% ../nbs/71_cli.ipynb #361eaff4
 def main() -> None:
     "Entry point of `domain-adapt`."
     try: app()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    except UserError as e: message = str(e)
+    except OSError as e:
+        if e.errno != errno.ENOSPC: raise
+        message = f"{e.filename or outputs()}: the disk is full; free some space and run again"
+    else: return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 # %% ../nbs/71_cli.ipynb #b7bae8e8
 if __name__ == "__main__" and "__file__" in globals(): main()

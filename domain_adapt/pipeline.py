@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bars', 'run_stages', 'check']
 
-# %% ../nbs/70_pipeline.ipynb #df5d0887
+# %% ../nbs/70_pipeline.ipynb #04c9d611
 import ctypes, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 from doit.cmd_base import ModuleTaskLoader
@@ -13,7 +13,7 @@ from doit.doit_cmd import DoitMain
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from .params import Params, UserError
-from .runs import ROOT, STAGES, Run, enter, local_path, note_done, notebook_path, up_to_date
+from .runs import ROOT, STAGES, Run, Stage, enter, local_path, locked, note_done, notebook_path, up_to_date
 
 # %% ../nbs/70_pipeline.ipynb #39c23adb
 class Bars:
@@ -64,7 +64,7 @@ def _failure(executed: Path, log: str) -> tuple[str, str]:
     errors = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
     return (errors[0]["ename"], errors[0]["evalue"]) if errors else ("the notebook's kernel ended", log[-2000:])
 
-# %% ../nbs/70_pipeline.ipynb #baedd19c
+# %% ../nbs/70_pipeline.ipynb #dd88b32c
 def _execute(run: Run, name: str, console: Console) -> None:
     "Run a stage's notebook to its end. Raises `UserError` with the error of the cell that failed."
     stage, number = enter(run, name), f"{STAGES.index(name) + 1}_{name}"
@@ -80,13 +80,13 @@ def _execute(run: Run, name: str, console: Console) -> None:
             except BaseException:
                 child.terminate()
                 child.wait()
-                if not stage.complete: stage.wipe()
+                stage.discard(patience=10)
                 raise
         if code == 0 and stage.complete: return _keep(executed, notebooks / f"{number}.ipynb")
-        if not stage.complete: stage.wipe()
+        stage.discard()
         kind, message = _failure(executed, log.read_text())
-        if executed.exists(): _keep(executed, failed)
         if kind == "UserError": raise UserError(message)
+        if executed.exists(): _keep(executed, failed)
         raise UserError(f"stage {name} failed with {kind}: {message}\nwhere: {failed if failed.exists() else notebook_path(name)}")
 
 def _keep(executed: Path, at: Path) -> None:
@@ -112,7 +112,11 @@ class _Reporter:
     def teardown_task(self, task): pass
     def complete_run(self): pass
 
-# %% ../nbs/70_pipeline.ipynb #967bc85a
+# %% ../nbs/70_pipeline.ipynb #86963924
+def _forget(stage: Stage) -> None:
+    "Remove a stage's result. Raises `UserError` where another process is at work on it."
+    with locked(stage.lock, f"stage {stage.name} ({stage.folder.name})"): stage.wipe()
+
 def run_stages(params: Params, until: str = "report", force: str | None = None) -> Run:
     """Bring every stage up to `until` up to date; `force` does that stage again even so.
 
@@ -120,7 +124,7 @@ def run_stages(params: Params, until: str = "report", force: str | None = None) 
     nothing half made is left.
     """
     run, console, errors = Run(params), Console(), []
-    if force: run.stage(force).wipe()
+    if force: _forget(run.stage(force))
 
     def action(name: str):
         try: _execute(run, name, console)
@@ -134,7 +138,7 @@ def run_stages(params: Params, until: str = "report", force: str | None = None) 
             yield dict(basename=name, actions=[(action, (name,))], task_dep=[before] if before else [],
                        uptodate=[lambda n=name: up_to_date(run, n)], verbosity=2)
     run.folder.mkdir(parents=True, exist_ok=True)
-    config = dict(dep_file=str(run.folder / ".doit.json"), backend="json", reporter=_Reporter, default_tasks=[until])
+    config = dict(dep_file=":memory:", backend="sqlite3", reporter=_Reporter, default_tasks=[until])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = DoitMain(ModuleTaskLoader({"DOIT_CONFIG": config, "task_stages": tasks})).run(["run"])
     if errors: raise errors[0]

@@ -220,7 +220,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         f.truncate(0); f.write(str(os.getpid())); f.flush()
         yield
 
-# %% ../nbs/01_runs.ipynb #f03979b4
+# %% ../nbs/01_runs.ipynb #c781d672
 @dataclass(frozen=True)
 class Stage:
     "One stage of one run: its key, its folder and the folders of the stages before it."
@@ -260,6 +260,14 @@ class Stage:
             self.wipe()
             if os.strerror(28) in str(e): raise UserError(f"{self.folder}: the disk is full; free some space and run again") from e
             raise
+
+    def discard(self, patience: float = 0) -> None:
+        "Remove what an unfinished try left, unless another process is at work on it for longer than `patience` seconds."
+        end = time.monotonic() + patience
+        while not self.complete and self.folder.exists():
+            with contextlib.suppress(UserError), locked(self.lock, self.name): return self.wipe()
+            if time.monotonic() >= end: return
+            time.sleep(0.2)
 
     def wipe(self) -> None:
         "Remove the folder, its record first."

@@ -262,6 +262,7 @@ def run_tuned(env: dict) -> list[str]:
     return p.stdout.split() or [p.stderr]
 
 
-def test_tune_cpu():
+def test_tune_cpu(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run_tuned({"OMP_NUM_THREADS": "1"}) == ["1", "4000000.0"]
     assert run_tuned({"OMP_NUM_THREADS": ""}) == [str(usable_cores()), "4000000.0"]

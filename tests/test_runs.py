@@ -131,6 +131,15 @@ def test_a_killed_stage_is_done_again(tmp_path):
     stage.run(None)
 
 
+def test_what_is_at_work_is_not_discarded(tmp_path):
+    stage = Stage("ingest", None, "0" * 16, tmp_path / "ingest-0", {})
+    stage.folder.mkdir()
+    with locked(stage.lock, "it"): stage.discard()
+    assert stage.folder.exists()
+    stage.discard()
+    assert not stage.folder.exists()
+
+
 def test_a_stage_wants_those_before_it(tmp_path):
     stage = Stage("tokens", None, "0" * 16, tmp_path / "tokens-0", {"ingest": tmp_path / "ingest-0"})
     with pytest.raises(UserError, match="stage tokens reads stage ingest, which is not done with these settings and this code"): stage.run(None)
