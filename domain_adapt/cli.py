@@ -70,14 +70,14 @@ def check_command(params: File, set_: Sets = [],
     if problems: raise UserError("\n".join(f"{params}: {p}" for p in problems))
     print(f"{params}: nothing wrong found")
 
-# %% ../nbs/71_cli.ipynb #361eaff4
+# %% ../nbs/71_cli.ipynb #104fe096
 def main() -> None:
     "Entry point of `domain-adapt`."
     try: app()
     except UserError as e: message = str(e)
     except OSError as e:
         if e.errno != errno.ENOSPC: raise
-        message = f"{e.filename or outputs()}: the disk is full; free some space and run again"
+        message = f"{outputs()}: the disk is full; free some space and run again"
     else: return
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

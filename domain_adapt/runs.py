@@ -7,8 +7,8 @@ __all__ = ['STAGES', 'ROOT', 'PACKAGE', 'DRAWING', 'DATA', 'write_bytes', 'write
            'progress', 'outputs', 'notebook_path', 'digest', 'modules_used', 'local_path', 'fingerprint', 'environment',
            'locked', 'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'open_stage']
 
-# %% ../nbs/01_runs.ipynb #1f6b4569
-import ast, contextlib, fcntl, hashlib, importlib.metadata, json, os, platform, shutil, tempfile, time, uuid
+# %% ../nbs/01_runs.ipynb #b488befd
+import ast, contextlib, errno, fcntl, hashlib, importlib.metadata, json, os, platform, shutil, tempfile, time, uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -220,7 +220,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         f.truncate(0); f.write(str(os.getpid())); f.flush()
         yield
 
-# %% ../nbs/01_runs.ipynb #c781d672
+# %% ../nbs/01_runs.ipynb #7a016b0e
 @dataclass(frozen=True)
 class Stage:
     "One stage of one run: its key, its folder and the folders of the stages before it."
@@ -257,8 +257,9 @@ class Stage:
             write_json(self.record, dict(stage=self.name, key=self.key, started=stamp(started), finished=stamp(time.time()),
                                          seconds=round(time.time() - started, 1), environment=environment(), code=_code(self.name), files=_hashes(self.folder)))
         except BaseException as e:
+            full = os.strerror(errno.ENOSPC) in str(e) or shutil.disk_usage(self.folder).free < 2**16
             self.wipe()
-            if os.strerror(28) in str(e): raise UserError(f"{self.folder}: the disk is full; free some space and run again") from e
+            if full: raise UserError(f"{self.folder}: the disk is full; free some space and run again") from e
             raise
 
     def discard(self, patience: float = 0) -> None:
