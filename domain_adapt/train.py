@@ -48,7 +48,7 @@ def _command(job: Path, processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
             "--no-python", sys.executable, "-W", "ignore", "-c", work]
 
-# %% ../nbs/33_train.ipynb #ba4afd72
+# %% ../nbs/33_train.ipynb #b5322453
 def _tail(log: Path) -> str: return log.read_text(errors="replace")[-2000:]
 
 def _failure(error: Path, log: Path, code: int) -> Exception:
@@ -70,7 +70,7 @@ def launch(job: dict, processes: int, steps: int) -> None:
     with tempfile.TemporaryDirectory(prefix="domain-adapt-") as tmp, open(out / "log.txt", "wb") as log, \
          progress(total=steps, description="train") as bar:
         file, error = Path(tmp) / "job.json", Path(tmp) / "error.json"
-        write_json(file, job | {"error": str(error)})
+        write_json(file, job | {"error": str(error), "launcher": os.getpid()})
         env = {"GLOO_SOCKET_IFNAME": "lo"} if platform.system() == "Linux" else {}
         env |= os.environ | {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes))}
         child = subprocess.Popen(_command(file, processes), cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
@@ -390,11 +390,13 @@ def _work(job: dict) -> None:
         write_json(out / "info.json", info)
     torch.distributed.destroy_process_group()
 
-# %% ../nbs/33_train.ipynb #0b097e20
+# %% ../nbs/33_train.ipynb #63675772
 def work(job: str) -> None:
     "What each process runs: the job in the JSON file `job`. An error is left in the file that it names."
     _die_with_parent()
     told = json.loads(Path(job).read_text())
+    try: os.kill(told["launcher"], 0)
+    except ProcessLookupError: return    # it ended before this process could ask to be told
     try: _work(told)
     except BaseException as e:
         with contextlib.suppress(FileExistsError), open(told["error"], "x") as f:
