@@ -46,8 +46,9 @@ def perplexity(model, tokenizer, text: str) -> dict:
     windows = document_blocks(text, tokenizer, 512)[:6]
     def plain():
         for w in windows:
-            ids = torch.tensor([[w["context"], *w["ids"]]])
-            torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits[0].float(), ids[0, 1:], reduction="sum")
+            ids = torch.tensor([[*w["context"], *w["ids"]]])
+            logits = model(ids[:, :-1]).logits[0, -len(w["ids"]):].float()
+            torch.nn.functional.cross_entropy(logits, ids[0, -len(w["ids"]):], reduction="sum")
     with torch.inference_mode():
         ours, theirs = interleaved(lambda: [block_nll(model, w["context"], w["ids"]) for w in windows], plain)
     tokens = sum(len(w["ids"]) for w in windows)
