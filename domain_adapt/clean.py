@@ -6,7 +6,7 @@
 __all__ = ['READERS', 'Why', 'MAX_TASKS', 'Counts', 'files_below', 'Reader', 'Rule', 'marked', 'of_forms', 'long_enough',
            'distinct', 'Words', 'filters', 'run', 'written', 'corpus_files', 'clean_corpus', 'ingest']
 
-# %% ../nbs/15_clean.ipynb #9c75dc5f
+# %% ../nbs/15_clean.ipynb #b8fe53fe
 import contextlib, gzip, hashlib, json, re, shutil, sys, threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +25,9 @@ from .assets import resolve
 from .params import Corpus, Params, UserError
 from .runs import progress, write_csv, write_json
 from .sources import general, sec
+from .sources.reading import DAMAGE, Unreadable, not_kept
 
-# %% ../nbs/15_clean.ipynb #485a78da
+# %% ../nbs/15_clean.ipynb #4411eaf2
 READERS = {"sec": sec.documents, "general": general.documents}
 
 def files_below(root: Path) -> list[str]:
@@ -56,8 +57,9 @@ class Reader(PipelineStep):
 
     def read(self, path: Path) -> Iterator[Document]:
         try: yield from READERS[self.source](path)
-        except sec.Unreadable as e: yield general.not_kept(str(e))
-        except OSError as e: yield general.not_kept(f"cannot be read: {e.strerror}")
+        except Unreadable as e: yield not_kept(str(e))
+        except FileNotFoundError: yield not_kept("vanished between listing and reading")
+        except DAMAGE as e: yield not_kept(f"damaged: {type(e).__name__}: {e}")
 
 # %% ../nbs/15_clean.ipynb #193b99dc
 Why = Callable[[Document], str | None]
@@ -94,7 +96,7 @@ def distinct() -> Why:
         return None if first == doc.id else f"same as {first}"
     return why
 
-# %% ../nbs/15_clean.ipynb #cea636c9
+# %% ../nbs/15_clean.ipynb #aa6a4ae6
 class Words(WordTokenizer):
     "What stands between spaces."
     def word_tokenize(self, text: str) -> list[str]: return text.split()
@@ -106,7 +108,8 @@ def filters(corpus: Corpus, min_words: int, dropped: Path) -> dict[str, BaseFilt
     "The filters of single documents, by the name of what each leaves; what it drops goes below `dropped`."
     out = lambda why: JsonlWriter(str(dropped / why))
     prose = corpus.source == "general"
-    made = {"readable": Rule("readable", marked("unreadable"), out("unreadable"))}
+    made = {"of text": Rule("text", marked("not text"), out("not_text")),
+            "readable": Rule("readable", marked("unreadable"), out("unreadable"))}
     if prose: made["articles"] = Rule("articles", marked("not an article"), out("not_an_article"))
     if corpus.forms: made["of the forms"] = Rule("forms", of_forms(corpus.forms), out("other_form"))
     made["long enough"] = Rule("length", long_enough(min_words), out("too_short"))

@@ -94,8 +94,8 @@ def test_every_document_is_kept_or_accounted_for(corpora, tmp_path):
     table = run(params(corpora), tmp_path / "out")
     steps = {c: dict(zip(t["step"], t["documents"])) for c, t in table.groupby("corpus")}
     assert steps == {
-        "sec": {"read": 8, "readable": 6, "of the forms": 5, "long enough": 4, "distinct": 3, "kept": 3},
-        "prose": {"read": 22, "readable": 21, "articles": 19, "long enough": 17, "good quality": 16,
+        "sec": {"read": 8, "of text": 7, "readable": 6, "of the forms": 5, "long enough": 4, "distinct": 3, "kept": 3},
+        "prose": {"read": 22, "of text": 22, "readable": 21, "articles": 19, "long enough": 17, "good quality": 16,
                   "not repetitive": 15, "distinct": 13, "kept": 13}}
     kept, dropped = records(tmp_path / "out" / "documents"), records(tmp_path / "out" / "dropped")
     characters = table[table["step"] == "read"].set_index("corpus")["characters"].sum()
@@ -142,13 +142,13 @@ def test_the_same_however_many_processes(corpora, tmp_path, monkeypatch):
 
 def test_a_corpus_may_be_one_file(corpora, tmp_path):
     p = params(corpora, one=corpus("general", corpora / "prose" / "a.jsonl"))
-    assert run(p, tmp_path / "out")["documents"].tolist() == [8, 7, 7, 6, 6, 6, 6, 6]
+    assert run(p, tmp_path / "out")["documents"].tolist() == [8, 8, 7, 7, 6, 6, 6, 6, 6]
     assert records(tmp_path / "out" / "documents")[0]["id"] == "one/a.jsonl#0"
 
 
 @pytest.mark.parametrize("name, source, forms, said", [
     (None, "sec", [], ["no such file or folder"]), ("", "sec", [], ["holds no files"]),
-    (".hidden", "general", [], ["holds no files"]), ("a.pdf", "general", [], ["1 read, 0 readable"]),
+    (".hidden", "general", [], ["holds no files"]), ("a.pdf", "general", [], ["1 read, 0 of text"]),
     ("a.html", "sec", ["20-F"], ["1 readable, 0 of the forms", "`forms`"]),
     ("a.txt", "general", [], ["0 long enough", "ingest.min_words"])])
 def test_missing_and_empty_corpora_name_their_key(tmp_path, name, source, forms, said):

@@ -14,7 +14,8 @@ from domain_adapt.benchmarks import SharedContext, ask, load_suite
 from domain_adapt.models import best_dtype, get_model, load_model, load_tokenizer, tune_cpu
 from domain_adapt.params import Suite
 from domain_adapt.perplexity import block_nll, document_blocks
-from domain_adapt.sources.sec import decode, figures, to_markdown, visible_text
+from domain_adapt.sources.markdown import figures, to_markdown, visible_text
+from domain_adapt.sources.reading import decode
 
 MODEL = "smollm2-135m-instruct"
 
