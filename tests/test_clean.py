@@ -189,7 +189,7 @@ def test_a_file_that_vanishes_is_counted(corpora, tmp_path):
     reader = clean.Reader("sec", params(corpora).corpora["sec"], corpora / "sec", tmp_path / "files.json")
     kept, gone = reader.run()
     assert kept.metadata["form"] == "10-K" and "dropped" not in kept.metadata
-    assert gone.metadata["filter_reason"] == "cannot be read: No such file or directory"
+    assert gone.metadata["filter_reason"] == "vanished between listing and reading"
 
 
 SCRIPT = """
