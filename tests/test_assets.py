@@ -267,12 +267,9 @@ def bucket(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server._server.server_port}")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"): monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    import s3fs
-    s3fs.S3FileSystem.clear_instance_cache()
     client = boto3.client("s3")
     client.create_bucket(Bucket="data")
     yield client
-    s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
 
@@ -296,13 +293,11 @@ def test_s3(cache, bucket, monkeypatch):
 
 @pytest.mark.fault
 def test_s3_without_a_server(cache, bucket, monkeypatch):
-    import s3fs
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match="AWS_ENDPOINT_URL"): resolve("s3://data/filings")
 
 
 def test_importing_is_light():
-    code = "import sys, domain_adapt.assets, domain_adapt.models; print([m for m in ('torch', 'transformers', 's3fs') if m in sys.modules])"
+    code = "import sys, domain_adapt.assets, domain_adapt.models; print([m for m in ('torch', 'transformers', 'boto3') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "[]"
