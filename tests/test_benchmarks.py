@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from domain_adapt import benchmarks
+from domain_adapt import benchmarks, suites
 from domain_adapt.benchmarks import SharedContext, evaluate, evenly, load_suite, read_blocks, reads_trees, run_suite, samples_file, shares
 from domain_adapt.models import load_model, load_tokenizer
 from domain_adapt.params import Suite, UserError, load_params
@@ -136,7 +136,7 @@ def test_items_may_be_arrow_parquet_or_jsonl(tmp_path):
     data.save_to_disk(tmp_path / "arrow")
     (tmp_path / "parquet").mkdir(), data.to_parquet(tmp_path / "parquet" / "x.parquet")
     (tmp_path / "jsonl").mkdir(), (tmp_path / "jsonl" / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for kind in ("arrow", "parquet", "jsonl"): assert list(benchmarks.read_items(tmp_path / kind)) == rows
+    for kind in ("arrow", "parquet", "jsonl"): assert list(suites.read_items(tmp_path / kind)) == rows
 
 
 @pytest.mark.parametrize("name, suite, message", [
