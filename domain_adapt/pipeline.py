@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Bars', 'run_stages', 'check']
 
-# %% ../nbs/70_pipeline.ipynb #04c9d611
-import ctypes, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
+# %% ../nbs/70_pipeline.ipynb #60bb04cb
+import json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 from doit.cmd_base import ModuleTaskLoader
 from doit.doit_cmd import DoitMain
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from .params import Params, UserError
-from .runs import ROOT, STAGES, Run, Stage, enter, local_path, locked, note_done, notebook_path, up_to_date
+from .runs import ROOT, STAGES, Run, Stage, die_with_parent, enter, local_path, locked, note_done, notebook_path, up_to_date
 
 # %% ../nbs/70_pipeline.ipynb #39c23adb
 class Bars:
@@ -47,15 +47,11 @@ class Bars:
 
     def __exit__(self, *_): self.over.set(); self.thread.join(); self.bars.stop()
 
-# %% ../nbs/70_pipeline.ipynb #c268d445
-def _die_with_parent() -> None:
-    "In a child, before exec: be told to end when the parent is gone (Linux)."
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
+# %% ../nbs/70_pipeline.ipynb #334fa469
 def _papermill(notebook: Path, executed: Path, params: Path, bars: Path, log) -> subprocess.Popen:
     command = [sys.executable, "-m", "papermill", str(notebook), str(executed), "-f", str(params), "--cwd", str(ROOT), "-k", "python3", "--no-progress-bar"]
     environment = os.environ | {"DOMAIN_ADAPT_PROGRESS": str(bars), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=lambda: die_with_parent(signal.SIGTERM))
 
 def _failure(executed: Path, log: str) -> tuple[str, str]:
     "Name and message of the error that stopped a notebook; the log's end where it holds none."
