@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['MEMORY', 'Guarded', 'Lines', 'read_lines', 'done', 'cores', 'run', 'passed']
 
-# %% ../nbs/17_workers.ipynb #1e819053
-import contextlib, gzip, json, multiprocessing, os, resource, signal, subprocess, sys, threading, time
+# %% ../nbs/17_workers.ipynb #ce868aa7
+import contextlib, copy, gzip, json, multiprocessing, os, resource, signal, subprocess, sys, threading, time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 from datatrove.data import Document, DocumentsPipeline
@@ -44,7 +46,7 @@ def _reason(e: Exception) -> str:
     said = " ".join(f"{type(e).__name__}: {e}".split())[:200]
     return f"damaged: {said}" if isinstance(e, DAMAGE) else said
 
-# %% ../nbs/17_workers.ipynb #a7592692
+# %% ../nbs/17_workers.ipynb #0b43e84f
 class Guarded:
     """Runs `read(file)`, which yields documents, in a child process. What goes wrong is the file's last record:
     damage, an error, `timeout` seconds without a document, or the child's death."""
@@ -52,7 +54,7 @@ class Guarded:
         self.read, self.timeout, self.child = read, timeout, None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
         self.child = context.Process(target=_serve, args=(theirs, self.read), daemon=True)
         self.child.start()
@@ -134,7 +136,7 @@ def read_lines(path: Path) -> Iterator[dict]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
         for line in f: yield json.loads(line)
 
-# %% ../nbs/17_workers.ipynb #9bcba11a
+# %% ../nbs/17_workers.ipynb #8c465560
 @contextlib.contextmanager
 def _watched(logs: Path, tasks: int, description: str) -> Iterator[None]:
     "Show how many of the tasks are done."
@@ -165,9 +167,37 @@ def run(steps: list[PipelineStep], logs: Path, tasks: int, description: str, wor
     """Run a pipeline in `tasks` parts, those not done yet: on `workers` processes (None is one a core), or by Slurm.
     Raises what a task raised, `UserError` where a Slurm job ended before its tasks were done."""
     with _watched(logs, tasks, description):
-        if slurm: return _on_slurm(steps, logs, tasks, description, workers, slurm)
-        LocalPipelineExecutor(steps, tasks=tasks, workers=min(workers or cores(), tasks), logging_dir=str(logs),
-                              start_method="fork" if sys.platform == "linux" else "forkserver").run()
+        if slurm: _on_slurm(steps, logs, tasks, description, workers, slurm)
+        else: _here(LocalPipelineExecutor(steps, tasks, logging_dir=str(logs)), min(workers or cores(), tasks))
+
+def _here(executor: LocalPipelineExecutor, workers: int) -> None:
+    "Do the tasks left on this machine. A worker that is killed ends the run; with DataTrove's pool it would hang."
+    todo = executor.get_incomplete_ranks()
+    if workers == 1:
+        _begin(executor, main=True)
+        for rank in todo: _task(rank)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (executor,)) as pool:
+        try:
+            for task in as_completed([pool.submit(_task, rank) for rank in todo]): task.result()
+        except BrokenProcessPool:
+            raise UserError("a worker process was killed, perhaps as memory ran out; set ingest.workers lower and "
+                            "run again: what is done is not done again") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+def _begin(executor: LocalPipelineExecutor, main: bool = False) -> None:
+    "What a process does once: take the pipeline, which it inherits, and die with its parent."
+    global _executor
+    _executor = executor
+    if not main: die_with_parent(signal.SIGKILL)
+
+def _task(rank: int) -> None:
+    "Do a task on a copy of the pipeline, so that counts start at zero."
+    one = copy.copy(_executor)
+    one.pipeline = copy.deepcopy(_executor.pipeline)
+    one._run_for_rank(rank)
 
 # %% ../nbs/17_workers.ipynb #85adbf28
 class _Slurm(SlurmPipelineExecutor):

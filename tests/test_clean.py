@@ -238,9 +238,76 @@ import json, sys
 from pathlib import Path
 from domain_adapt.clean import ingest
 from domain_adapt.params import validate
-Path(sys.argv[2]).mkdir()
+Path(sys.argv[2]).mkdir(exist_ok=True)
 ingest(validate(json.loads(sys.argv[1])), {}, Path(sys.argv[2]))
 """
+
+
+def result(out: Path) -> dict[str, bytes]:
+    "Every file that the stage leaves, but its logs."
+    return {f.relative_to(out).as_posix(): f.read_bytes() for f in out.rglob("*") if f.is_file() and "logs" not in f.parts}
+
+
+@pytest.mark.fault
+@pytest.mark.equality
+@pytest.mark.parametrize("pass_, at", [("read", 3), ("read", 9), ("distinct", 4), ("recount", 2)])
+def test_killed_and_run_again_gives_the_same_bytes(tmp_path, pass_, at):
+    "SIGKILL in the middle of each pass; what was finished is not done again."
+    (tmp_path / "prose").mkdir()
+    for n in range(12):
+        lines = [json.dumps({"text": story(i % 40)}) for i in range(n * 20, n * 20 + 20)]
+        (tmp_path / "prose" / f"{n:02d}.jsonl").write_text("\n".join(lines))
+    p = params(tmp_path, prose=corpus("general", tmp_path / "prose"))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = lambda out: [sys.executable, str(tmp_path / "script.py"), p.model_dump_json(), str(out)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command(tmp_path / "whole"), env=env, check=True, capture_output=True, timeout=120)
+    child = subprocess.Popen(command(out := tmp_path / "out"), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    logs = out / "logs" / "prose" / pass_
+    while child.poll() is None and len(list(logs.glob("completions/*"))) < at: time.sleep(.002)
+    child.kill()
+    child.wait()
+    assert not (out / "funnel.csv").exists()
+    finished = {f: f.stat().st_mtime_ns for mark in logs.glob("completions/*") for f in (logs / "stats").glob(f"{mark.name}.json")}
+    assert len(finished) >= at
+    subprocess.run(command(out), env=env, check=True, capture_output=True, timeout=120)
+    assert {f: f.stat().st_mtime_ns for f in finished} == finished
+    assert result(out) == result(tmp_path / "whole") and len(result(out)) > 12
+
+
+def running(script: Path) -> list[int]:
+    "Processes that run a script, those that it forked among them."
+    found = (p for p in Path("/proc").glob("[0-9]*/cmdline"))
+    def command(p: Path) -> bytes:
+        try: return p.read_bytes()
+        except OSError: return b""
+    return [int(p.parent.name) for p in found if str(script).encode() in command(p)]
+
+
+@pytest.mark.fault
+def test_a_kill_leaves_no_process_behind(corpora, tmp_path):
+    (corpora / "prose" / "big.txt").write_text(story(1) * 30_000)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, tmp_path / "script.py", params(corpora, workers=2).model_dump_json(), tmp_path / "out"]
+    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(running(tmp_path / "script.py")) < 4 and child.poll() is None: time.sleep(.005)
+    assert len(running(tmp_path / "script.py")) >= 4    # two workers, each with a reader
+    child.kill()
+    child.wait()
+    end = time.monotonic() + 5
+    while running(tmp_path / "script.py") and time.monotonic() < end: time.sleep(.05)
+    assert not running(tmp_path / "script.py")
+
+
+@pytest.mark.fault
+def test_a_worker_that_is_killed_ends_the_run(corpora, tmp_path, monkeypatch):
+    "The kernel kills the largest process when memory runs out; the run must not wait for it for ever."
+    rule = clean.Rule.filter
+    def deadly(self, doc):
+        if doc.id == "sec/a.html#0": os.kill(os.getpid(), signal.SIGKILL)
+        return rule(self, doc)
+    monkeypatch.setattr(clean.Rule, "filter", deadly)
+    with pytest.raises(UserError, match="ingest.workers"): run(params(corpora, workers=2), tmp_path / "out")
 
 
 def test_a_script_needs_no_main_guard(corpora, tmp_path):
