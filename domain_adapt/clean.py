@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['READERS', 'MAX_TASKS', 'HUB_SHARDS', 'DROPPED', 'TABLES', 'corpus_folder', 'files_below', 'corpus_files', 'read_file',
-           'Reader', 'Passed', 'reason_class', 'Recount', 'clean_corpus', 'ingest']
+           'Reader', 'Passed', 'reason_class', 'Recount', 'clean_corpus', 'ingest', 'samples']
 
-# %% ../nbs/18_clean.ipynb #8a5e2ea9
+# %% ../nbs/18_clean.ipynb #60515593
 import contextlib, json, math, re, shutil, tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from .params import Corpus, Params, UserError
 from .repeats import Decontaminate, Fingerprints, find_copies, write_index
 from .runs import digest, write_csv, write_json
 from .sources import edgar, general, medical, patents, sec
+from .sources.reading import DAMAGE, contents, decode
 from .workers import Guarded, Lines, passed, read_lines, run
 
 # %% ../nbs/18_clean.ipynb #f2ea9d3d
@@ -89,11 +90,11 @@ class Reader(PipelineStep):
                     self.update_doc_stats(doc)
                     yield doc
 
-# %% ../nbs/18_clean.ipynb #5fdf3062
+# %% ../nbs/18_clean.ipynb #af50ac55
 DROPPED = {"of text": "not_text", "readable": "unreadable", "articles": "not_an_article",
            "of the forms": "other_form", "long enough": "too_short", "in the language": "other_language",
-           "good": "low_quality", "on topic": "off_topic", "not in a benchmark": "contaminated",
-           "said once": "copy", "not nearly": "near_copy"}
+           "good quality": "low_quality", "on topic": "off_topic", "not in benchmarks": "contaminated",
+           "distinct": "copy", "no near copy": "near_copy"}
 
 class Passed(PipelineStep):
     "The documents that passed the filters, copies marked with the document they repeat."
@@ -139,7 +140,7 @@ class Recount(PipelineStep):
         write_json(self.counts / f"{rank:05d}.json", dict(rows=rows, lengths=lengths))
         yield from ()
 
-# %% ../nbs/18_clean.ipynb #43f6ff8b
+# %% ../nbs/18_clean.ipynb #e191daa3
 def _list(name: str, corpus: Corpus, logs: Path) -> int:
     "Cut the files of a corpus into tasks, once; how many there are."
     at = logs / "files"
@@ -158,8 +159,8 @@ def _first_pass(name: str, corpus: Corpus, params: Params, out: Path, tasks: int
     steps = [Rule(step, why, Lines(dropped / DROPPED[step])) for step, why in asked.items()]
     names = ["read", *asked]
     if params.ingest.decontaminate and params.evaluate.suites and preset(corpus) != "as_is":
-        steps.append(Decontaminate(out / "logs" / "benchmarks", Lines(dropped / DROPPED["not in a benchmark"])))
-        names.append("not in a benchmark")
+        steps.append(Decontaminate(out / "logs" / "benchmarks", Lines(dropped / DROPPED["not in benchmarks"])))
+        names.append("not in benchmarks")
     if preset(corpus) == "as_is": last = [Lines(out / "documents" / name)]
     else: last = [Lines(out / "passed" / name, plain=True), Fingerprints(logs / "fingerprints")]
     _run([Reader(name, corpus, logs / "files", params.ingest.timeout), *steps, *last], logs / "read", tasks, name, "read", params)
@@ -174,7 +175,7 @@ def _second_pass(name: str, params: Params, out: Path, tasks: int) -> list[tuple
     if not (marks := logs / "copies").exists():
         find_copies(logs / "fingerprints", tasks)
         write_json(marks, True)
-    names = ["said once", "not nearly"]
+    names = ["distinct", "no near copy"]
     steps = [Rule(n, marked(DROPPED[n]), Lines(out / "dropped" / name / DROPPED[n])) for n in names]
     _run([Passed(out / "passed" / name, logs / "fingerprints"), *steps, Lines(out / "documents" / name)],
          logs / "distinct", tasks, name, "copies", params)
@@ -251,3 +252,30 @@ def _index_benchmarks(params: Params, index: Path) -> None:
     if (index / "done").exists(): return
     found = (pair for name, suite in params.evaluate.suites.items() for pair in suites.texts(name, suite))
     write_json(index / "done", write_index(found, index))
+
+# %% ../nbs/18_clean.ipynb #3ad43a4c
+def _raw(file: dict, most: int = 30_000_000) -> str:
+    "The beginning of a file's first member as text; empty for what does not lie on this machine."
+    if "file" not in file: return ""
+    with contextlib.suppress(*DAMAGE):
+        for _, data in contents(file["file"]): return decode(data.read(most))
+    return ""
+
+def _passage(raw: str, text: str, width: int) -> tuple[str, str]:
+    "The same passage before and after: where four words of the text's middle stand in the raw file."
+    words = [m for m in re.finditer(r"\S+", text[len(text) // 3:len(text) // 3 + 20_000])]
+    for a, b in zip(words, words[3:]):
+        phrase = text[len(text) // 3 + a.start():len(text) // 3 + b.end()]
+        if "\n" not in phrase and (at := raw.find(phrase)) >= 0:
+            start = len(text) // 3 + a.start()
+            return raw[max(at - width // 4, 0):at + width], text[max(start - width // 4, 0):start + width]
+    return raw[:width], text[:width]
+
+def samples(out: Path, corpus: str, n: int = 3, width: int = 700) -> pd.DataFrame:
+    "Passages of documents that were kept of a corpus, evenly spread over its files: id, before, after."
+    files = sorted((out / "documents" / corpus).glob("*.jsonl.gz"))
+    picked = [files[i * len(files) // n] for i in range(n)] if len(files) > n else files
+    lines = [next(read_lines(f)) for f in picked]
+    listed = {f["path"]: f for task in (out / "logs" / corpus / "files").glob("*.json") for f in json.loads(task.read_text())}
+    pairs = [_passage(_raw(listed[d["metadata"]["source_path"]]), d["text"], width) for d in lines]
+    return pd.DataFrame([dict(id=d["id"], before=b, after=a) for d, (b, a) in zip(lines, pairs)])

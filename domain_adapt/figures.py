@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'STYLE', 'NARROW', 'FAMILIES', 'KINDS', 'SHAPES', 'AXES', 'PARTS', 'family', 'colour',
            'short', 'markers', 'svg', 'Chart', 'drawing', 'human', 'minus', 'number', 'shown', 'table_html', 'Table',
-           'spread', 'label_points', 'funnel', 'loss', 'mixture', 'in_order', 'reported', 'perplexity', 'main_metric',
-           'benchmarks', 'front', 'tradeoff', 'sweep', 'geometry']
+           'spread', 'label_points', 'in_order', 'reported', 'funnel', 'lengths', 'loss', 'mixture', 'perplexity',
+           'main_metric', 'benchmarks', 'front', 'tradeoff', 'sweep', 'geometry']
 
 # %% ../nbs/60_figures.ipynb #2e950984
 import functools, html, io, re
@@ -220,6 +220,27 @@ def _axis(ax, x: str = "", y: str = "", title: str = "", only: str = "both") -> 
 def _interval(ax, low: float, high: float, y: float, ink: str) -> None:
     if low < high: ax.plot([low, high], [y, y], color=ink, lw=2, alpha=.55, solid_capstyle="butt")
 
+# %% ../nbs/60_figures.ipynb #39337a54
+def in_order(variants: Iterable[str]) -> list[str]:
+    "Variants from original to merges, otherwise in the order given."
+    names = list(dict.fromkeys(variants))
+    return sorted(names, key=lambda v: list(FAMILIES).index(family(v)))
+
+def reported(perplexity: pd.DataFrame) -> pd.DataFrame:
+    "Rows of the half that no choice was made on; of everything where nothing was halved."
+    half = "report" if (perplexity["half"] == "report").any() else "all"
+    return perplexity[perplexity["half"] == half].reset_index(drop=True)
+
+def _panels(names: list[str], width: float, height: float, sharey: bool = True) -> tuple[Figure, list]:
+    "One panel for each name: two beside each other on a page, one above the other on a phone."
+    cols = 1 if width < NARROW or len(names) == 1 else 2
+    rows = -(-len(names) // cols)
+    fig = Chart(width, height * rows)
+    fig.get_layout_engine().set(h_pad=.09)
+    axes = fig.subplots(rows, cols, squeeze=False, sharey=sharey).ravel()
+    for ax in axes[len(names):]: ax.set_axis_off()
+    return fig, list(axes[:len(names)])
+
 # %% ../nbs/60_figures.ipynb #d5deeeb9
 @drawing
 def funnel(table: pd.DataFrame, width: float = 7.4) -> Figure:
@@ -243,6 +264,21 @@ def funnel(table: pd.DataFrame, width: float = 7.4) -> Figure:
         ax.grid(False)
         ax.spines[["bottom", "left"]].set_visible(False)
         _axis(ax, title=name)
+    return fig
+
+# %% ../nbs/60_figures.ipynb #03223607
+@drawing
+def lengths(table: pd.DataFrame, width: float = 7.4) -> Figure:
+    "How many documents of each length are kept of each corpus, by doubling lengths. `table`: `lengths.csv`."
+    corpora = list(dict.fromkeys(table["corpus"]))
+    fig, axes = _panels(corpora, width, 2.1, sharey=False)
+    for ax, name in zip(axes, corpora):
+        t = table[table["corpus"] == name]
+        ax.bar(np.log2(t["from_characters"]) + .5, t["documents"], width=.9, color=KINDS["general"], alpha=.6)
+        low, high = (int(np.log2(f(t["from_characters"]))) for f in (min, max))
+        ticks = range(low, high + 2, max(1, (high - low) // 4))
+        ax.set_xticks(list(ticks), [human(2 ** t) for t in ticks])
+        _axis(ax, x="characters", y="documents", title=name, only="y")
     return fig
 
 # %% ../nbs/60_figures.ipynb #9d5f5622
@@ -305,27 +341,6 @@ def mixture(table: pd.DataFrame, dot: str = "drawn", width: float = 7.4) -> Figu
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f} %"))
     _axis(ax, x=f"share of tokens: asked (ring), {dot} (dot)", only="x")
     return fig
-
-# %% ../nbs/60_figures.ipynb #2908b77d
-def in_order(variants: Iterable[str]) -> list[str]:
-    "Variants from original to merges, otherwise in the order given."
-    names = list(dict.fromkeys(variants))
-    return sorted(names, key=lambda v: list(FAMILIES).index(family(v)))
-
-def reported(perplexity: pd.DataFrame) -> pd.DataFrame:
-    "Rows of the half that no choice was made on; of everything where nothing was halved."
-    half = "report" if (perplexity["half"] == "report").any() else "all"
-    return perplexity[perplexity["half"] == half].reset_index(drop=True)
-
-def _panels(names: list[str], width: float, height: float) -> tuple[Figure, list]:
-    "One panel for each name: two beside each other on a page, one above the other on a phone."
-    cols = 1 if width < NARROW or len(names) == 1 else 2
-    rows = -(-len(names) // cols)
-    fig = Chart(width, height * rows)
-    fig.get_layout_engine().set(h_pad=.09)
-    axes = fig.subplots(rows, cols, squeeze=False, sharey=True).ravel()
-    for ax in axes[len(names):]: ax.set_axis_off()
-    return fig, list(axes[:len(names)])
 
 # %% ../nbs/60_figures.ipynb #bf7dddc1
 @drawing

@@ -96,7 +96,7 @@ def about_medicine(doc: Document) -> str | None:
     from domain_adapt.sources.medical import on_topic
     return None if on_topic(doc.text) else "another topic"
 
-# %% ../nbs/15_filters.ipynb #b596ec01
+# %% ../nbs/15_filters.ipynb #8aa414fe
 def _gopher() -> BaseFilter:
     return GopherQualityFilter(min_doc_words=None, max_doc_words=None, language=Words())
 
@@ -128,6 +128,6 @@ def rules(corpus: Corpus, min_words: int) -> dict[str, Why]:
     if corpus.forms: found["of the forms"] = of_forms(corpus.forms)
     found["long enough"] = long_enough(min_words)
     if corpus.language and name != "as_is": found["in the language"] = in_language(corpus.language)
-    if filters: found["good"] = judged(*filters)
+    if filters: found["good quality"] = judged(*filters)
     if name == "papers": found["on topic"] = about_medicine
     return found

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COMPLETE', 'Item', 'Gone', 'client', 'parts', 'explained', 'listing', 'download', 'upload']
 
-# %% ../nbs/01_s3.ipynb #8050e4ac
-import contextlib, json, os
+# %% ../nbs/01_s3.ipynb #e7ff41d0
+import contextlib, functools, json, os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from .params import UserError
 
-# %% ../nbs/01_s3.ipynb #d5bfea63
+# %% ../nbs/01_s3.ipynb #ade521ef
 class Item(NamedTuple):
     "An object below a listed address: its path from there, its own address, its bytes, the tag of its version."
     path: str
@@ -24,12 +24,17 @@ class Gone(OSError):
     "An object that vanished or changed between listing and reading; the message says which."
 
 def client() -> Any:
-    "A boto3 client with retries; path-style addresses where an endpoint is given, which every server knows."
+    """A boto3 client with retries, one for each process, as connections cannot be shared over a fork; with
+    path-style addresses where an endpoint is given, which every server knows."""
+    return _client(os.getpid())
+
+@functools.lru_cache(1)
+def _client(process: int) -> Any:
     import boto3, botocore.config
     style = "path" if os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL_S3") else "auto"
     config = botocore.config.Config(retries=dict(mode="standard", max_attempts=6), connect_timeout=10,
                                     s3=dict(addressing_style=style))
-    return boto3.client("s3", config=config)
+    return boto3.Session().client("s3", config=config)
 
 def parts(address: str) -> tuple[str, str]:
     "Bucket and key of `s3://bucket/key`. Raises `UserError`."
@@ -37,7 +42,7 @@ def parts(address: str) -> tuple[str, str]:
     if address.startswith("s3://") and bucket: return bucket, key
     raise UserError(f"{address}: not an S3 address; write s3://bucket/folder")
 
-# %% ../nbs/01_s3.ipynb #afcb19e5
+# %% ../nbs/01_s3.ipynb #d9843375
 @contextlib.contextmanager
 def explained(address: str, doing: str) -> Iterator[None]:
     "Turn what boto3 raises into a `UserError` that names the address and the way out."
@@ -61,10 +66,10 @@ def listing(address: str) -> list[Item]:
             if o["Key"] == key: path = key.rpartition("/")[2]
             elif not key or o["Key"].startswith(key + "/"): path = o["Key"].removeprefix(key).lstrip("/")
             else: continue
-            found.append(Item(path, f"s3://{bucket}/{o['Key']}", o["Size"], o["ETag"]))
+            found.append(Item(path, f"s3://{bucket}/{o['Key']}", o["Size"], o["ETag"].strip('"')))
     return sorted(found)
 
-# %% ../nbs/01_s3.ipynb #6f8f630a
+# %% ../nbs/01_s3.ipynb #72e83227
 def _code(e: UserError) -> str:
     "The server's code for what went wrong; empty where it gave none."
     return getattr(e.__cause__, "response", {}).get("Error", {}).get("Code", "")
@@ -74,8 +79,8 @@ def download(item: Item, to: Path) -> None:
     bucket, key = parts(item.address)
     try:
         with explained(item.address, "read"):
-            found = client().get_object(Bucket=bucket, Key=key, IfMatch=item.tag)
-            if found["ETag"] != item.tag: raise Gone("changed between listing and reading")
+            found = client().get_object(Bucket=bucket, Key=key, IfMatch=f'"{item.tag}"')
+            if found["ETag"].strip('"') != item.tag: raise Gone("changed between listing and reading")
             with to.open("wb") as f:
                 for chunk in found["Body"].iter_chunks(1 << 20): f.write(chunk)
     except UserError as e:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from domain_adapt import assets
+from domain_adapt import assets, s3
 from domain_adapt.assets import ASSETS, Asset, cache_folder, cached, fetch, package_file, resolve, unpack
 from domain_adapt.params import UserError
 from domain_adapt.runs import ROOT
@@ -267,9 +267,11 @@ def bucket(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server._server.server_port}")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"): monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3._client.cache_clear()
     client = boto3.client("s3")
     client.create_bucket(Bucket="data")
     yield client
+    s3._client.cache_clear()
     server.stop()
 
 
@@ -294,7 +296,7 @@ def test_s3(cache, bucket, monkeypatch):
 @pytest.mark.fault
 def test_s3_without_a_server(cache, bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3._client.cache_clear()
     with pytest.raises(UserError, match="AWS_ENDPOINT_URL"): resolve("s3://data/filings")
 
 
