@@ -112,11 +112,11 @@ class Passed(PipelineStep):
                 doc.metadata |= dict(dropped="near_copy" if reason.startswith("nearly") else "copy", filter_reason=reason)
             yield doc
 
-# %% ../nbs/18_clean.ipynb #fa3961d3
+# %% ../nbs/18_clean.ipynb #25f72a1c
 def reason_class(reason: str) -> str:
     "A reason without what is particular to a document, so that reasons can be counted."
     reason = re.sub(r"^(same as|nearly the same as) .*", r"\1 another", reason)
-    return re.sub(r"\d[\d,.]*", "n", reason.partition(": ")[0])
+    return re.sub(r"\b\d[\d,.]*\b", "n", reason.partition(": ")[0])
 
 class Recount(PipelineStep):
     "Counts what a task wrote, by why and reason, and the lengths of what is kept, into `<counts>/<rank>.json`."

@@ -141,15 +141,15 @@ def run_stages(params: Params, until: str = "report", force: str | None = None) 
     if code: raise RuntimeError(f"doit ended with code {code}")
     return run
 
-# %% ../nbs/70_pipeline.ipynb #8f1960cb
+# %% ../nbs/70_pipeline.ipynb #6c060449
 def _missing(path: str) -> str | None:
     "Why there can be nothing at `path`, without fetching anything; None where there may be."
     from domain_adapt.assets import ASSETS
     if path.startswith("package:"):
         name = path.removeprefix("package:").split("/")[0]
         return None if name in ASSETS else f"{path}: unknown package asset {name!r}; known: {', '.join(ASSETS)}"
-    if path.startswith("s3://") or local_path(path): return None
-    return f"{path}: no such file or folder, neither in {Path.cwd()} nor in {ROOT}; a path is local, s3://... or package:NAME"
+    if path.startswith(("s3://", "hub:")) or local_path(path): return None
+    return f"{path}: no such file or folder, neither in {Path.cwd()} nor in {ROOT}; a path is local, s3://..., hub:... or package:NAME"
 
 def _unusable(model: str) -> str | None:
     "Why the model cannot be used, as far as its local folder tells."
@@ -163,7 +163,7 @@ def check(params: Params, recipe: bool = False) -> list[str]:
 
     With `recipe` neither data nor models are looked at: a valid YAML is all that is asked."""
     if recipe: return []
-    paths = {f"corpora.{n}.path": c.path for n, c in params.corpora.items()}
+    paths = {f"corpora.{n}.path": c.path for n, c in params.corpora.items() if c.path}
     paths |= {f"evaluate.suites.{n}.data": s.data for n, s in params.evaluate.suites.items() if s.data != "hub"}
     problems = [f"{key}: {why}" for key, path in paths.items() if (why := _missing(path))]
     models = {"model": params.model, "base": params.base, "train.checkpoint": params.train.checkpoint}

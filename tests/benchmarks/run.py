@@ -1,12 +1,20 @@
 """What the library does beside what a user would run instead, interleaved in one process. Run it with `make bench`.
 
 Ratios above 1 say that ours is faster. Figures are medians of the rounds; nothing here passes or fails."""
+import contextlib
+import json
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pandas as pd
 import torch
 import trafilatura
+from datatrove.data import Document
 from lm_eval.models.huggingface import HFLM
 
 from domain_adapt.assets import resolve
@@ -16,6 +24,8 @@ from domain_adapt.params import Suite
 from domain_adapt.perplexity import block_nll, document_blocks
 from domain_adapt.sources.markdown import figures, to_markdown, visible_text
 from domain_adapt.sources.reading import decode
+from domain_adapt.tokens import encoder, write_corpus
+from domain_adapt.workers import Lines
 
 MODEL = "smollm2-135m-instruct"
 
@@ -43,6 +53,77 @@ def ingest() -> dict:
                 note=f"{kept(lambda p: to_markdown(p).text)}; {kept(plain)}")
 
 
+def many_filings(folder: Path, n: int) -> dict:
+    "The parameters of an ingest of `n` real 10-Ks, each made another by a sentence."
+    pages = [f.read_text(encoding="utf-8") for f in sorted(resolve("package:filings-10k").glob("*.html"))]
+    folder.mkdir(parents=True)
+    for i in range(n):
+        (folder / f"{i:04d}.html").write_text(pages[i % 3].replace("</body>", f"<p>This is report {i} of its kind.</p></body>"), encoding="utf-8")
+    return dict(run="bench", model="m", tokens={"replay": 0}, corpora={"sec": dict(kind="domain", source="sec", path=str(folder))},
+                merge={"candidates": [dict(name="a", method="linear", weight=.5)]})
+
+
+INGEST = """import json, sys
+from pathlib import Path
+from domain_adapt.clean import ingest
+from domain_adapt.params import validate
+ingest(validate(json.loads(sys.argv[1])), {}, Path(sys.argv[2]))"""
+
+
+def ingested(params: dict, out: Path, workers: int) -> tuple[float, float]:
+    "Seconds, and the peak in MB of the memory of all processes together (shared pages counted once)."
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    given = json.dumps(params | {"ingest": {"workers": workers}})
+    start, peak = time.perf_counter(), 0
+    job = subprocess.Popen([sys.executable, "-c", INGEST, given, str(out)], stderr=subprocess.DEVNULL, start_new_session=True)
+    while job.poll() is None:
+        peak = max(peak, memory(job.pid))
+        time.sleep(.2)
+    assert job.returncode == 0
+    return time.perf_counter() - start, peak
+
+
+def memory(session: int) -> float:
+    "MB held by the processes of a session."
+    total = 0
+    for p in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            if int((p / "stat").read_text().rpartition(")")[2].split()[3]) != session: continue
+            total += next(int(x.split()[1]) for x in (p / "smaps_rollup").read_text().splitlines() if x.startswith("Pss:"))
+    return total / 1024
+
+
+def workers(tmp: Path, n: int = 60) -> dict:
+    "One worker against two, in turn, the seconds to import everything left out."
+    params, empty = many_filings(tmp / "in", n), many_filings(tmp / "one", 1)
+    seconds = {1: [], 2: []}
+    for _ in range(2):
+        for w in seconds: seconds[w].append(ingested(params, tmp / "out", w)[0] - ingested(empty, tmp / "out", w)[0])
+    one, two = (statistics.median(seconds[w]) for w in (1, 2))
+    size = sum(f.stat().st_size for f in (tmp / "in").iterdir()) / 1e6
+    return dict(what=f"ingest of {n} 10-Ks, two workers", against="one worker", ours=two, theirs=one, note=f"{size / two:.1f} MB/s with all filters")
+
+
+def flat(tmp: Path) -> dict:
+    "Memory of ingest over 100 and 1,000 documents; the ratio is of megabytes."
+    peaks = [ingested(many_filings(tmp / str(n), n), tmp / "out", 2)[1] for n in (100, 1000)]
+    return dict(what="peak memory of ingest of 1,000 10-Ks, MB", against="of 100", ours=peaks[1], theirs=peaks[0], note="")
+
+
+def tokenization(tmp: Path) -> dict:
+    "Tokenising documents to Megatron's files against the tokenizer alone on the same texts, all cores."
+    tokenizer, texts = load_tokenizer(get_model(MODEL)), [to_markdown(decode(f.read_bytes())).text
+                                                          for f in sorted(resolve("package:filings-10k").glob("*.html"))] * 4
+    docs = [Document(text=t, id=str(i), metadata=dict(source_path=str(i))) for i, t in enumerate(texts)]
+    list(Lines(tmp / "docs").run(docs))
+    encode = encoder(tokenizer, MODEL)
+    ours, theirs = interleaved(lambda: write_corpus(tmp / "docs", tmp / "x", {d.id: "train" for d in docs}, encode, 49152),
+                               lambda: tokenizer.backend_tokenizer.encode_batch_fast(texts))
+    return dict(what="documents to Megatron's files", against="the tokenizer alone", ours=ours, theirs=theirs,
+                note=f"{sum(map(len, encode(texts))) / ours / 1e6:.2f} M tokens/s")
+
+
 def perplexity(model, tokenizer, text: str) -> dict:
     windows = document_blocks(text, tokenizer, 512)[:6]
     def plain():
@@ -66,6 +147,7 @@ def benchmarks(model, tokenizer) -> dict:
 if __name__ == "__main__":
     tune_cpu()
     rows = [ingest()]
+    with tempfile.TemporaryDirectory() as tmp: rows += [workers(Path(tmp) / "w"), flat(Path(tmp) / "m"), tokenization(Path(tmp))]
     folder, dtype = get_model(MODEL), best_dtype("auto")
     model, tokenizer = load_model(folder, dtype), load_tokenizer(folder)
     text = to_markdown(decode(next(resolve("package:filings-10k").glob("tgt*.html")).read_bytes())).text
