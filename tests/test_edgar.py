@@ -196,6 +196,15 @@ def test_a_block_in_mid_fetch_ends_it_at_once(tmp_path):
 
 
 @pytest.mark.fault
+def test_who_waits_does_not_hold_up_the_end(server, tmp_path):
+    server.faults[archive("320193/0000320193-24-000006.txt")] = [(503, {})]    # the newest, so asked for first
+    server.faults[archive(KTEN)] = [(403, {})]
+    query, started = Edgar(user_agent=AGENT, base_url=server.base_url, ciks=[320193]), time.monotonic()
+    with pytest.raises(UserError, match="HTTP 403"): fetch(query, tmp_path, KEY, rate=1000, wait=60)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.fault
 def test_too_long_a_wait_is_the_users_to_wait(server, tmp_path):
     server.faults[archive(KTEN)] = [(429, {"Retry-After": "86400"})]
     with pytest.raises(UserError, match="come back in 86400 seconds"): get(server, tmp_path, ciks=[320193])

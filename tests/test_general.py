@@ -43,6 +43,7 @@ from domain_adapt.sources.reading import DAMAGE, Unreadable
     ("== A ==\n=== Empty ===\n== B ==\n* x\n** y\n# z\n: indented", "## B\n\n- x\n- y\n- z\n\nindented"),
     ("t\n== See also ==\n* [[U]]\n=== Sub ===\nv\n== Later ==\nw\n== External links ==\n* x",
     "t\n\n## Later\n\nw"),
+    ("a\n====\nb", "a ==== b"),
     ("Name ({{IPA|x}}, {{audio|y}}; born 1900) ({{z}})", "Name (born 1900)"),
     ("{{unclosed|words [[also|open", "words also|open"), ("", "")])
 def test_wikitext(source, text): assert wiki_text(source) == text

@@ -321,7 +321,7 @@ def _write(response: httpx.Response, path: Path) -> None:
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../../nbs/11_edgar.ipynb #8266a3ec
+# %% ../../nbs/11_edgar.ipynb #fa500663
 PATIENCE = 10
 
 def _all(site: Site, filings: list[Filing], folder: Path) -> dict[str, Filing]:
@@ -339,7 +339,6 @@ def _all(site: Site, filings: list[Filing], folder: Path) -> dict[str, Filing]:
                 bar.update()
         except BaseException:
             site.pace.over.set()
-            pool.shutdown(cancel_futures=True)
             raise
     return found
 

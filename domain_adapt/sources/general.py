@@ -93,14 +93,14 @@ def _without_blocks(text: str) -> str:
         at = spans[n][1]
     return "".join(out) + text[at:]
 
-# %% ../../nbs/14_general.ipynb #2bf5dd47
+# %% ../../nbs/14_general.ipynb #f78d1ee1
 _sources = re.compile(r"see also|references|notes|notes and references|references and notes|external links"
                       r"|further reading|bibliography|footnotes|citations|sources|works cited", re.I)
 _outside = re.compile(r"\[(?:(?:https?:|ftp:)?//|mailto:)[^\s\[\]]++ *+([^\[\]]*+)\]", re.I)
 
 def _sections(text: str) -> str:
     "Headings as Markdown; sections that are empty or only list sources left out."
-    parts = re.split(r"^(=.*=)[ \t]*$", text, flags=re.M)
+    parts = re.split(r"^(?=[= \t]*[^=\s])(=.*=)[ \t]*$", text, flags=re.M)
     out, skip, waiting = [parts[0]], 0, []
     for heading, content in zip(parts[1::2], parts[2::2]):
         level, title = len(heading) - len(heading.lstrip("=")), heading.strip("= \t")
