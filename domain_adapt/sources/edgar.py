@@ -245,11 +245,11 @@ def read_index(data: bytes, where: str) -> Iterator[Filing]:
         if cells := _line.fullmatch(decode(line)): yield _filing(*cells.groups(), f"{where}, line {n}")
         else: yield malformed(f"{where}, line {n}: {decode(line)[:80]!r}")
 
-# %% ../../nbs/11_edgar.ipynb #6646d502
+# %% ../../nbs/11_edgar.ipynb #1d5633ab
 def quarters_between(since: str, until: str) -> list[str]:
     "The quarters of two days and those between; EDGAR begins with 1993."
-    number = lambda day: max(int(day[:4]), 1993) * 4 + (int(day[5:7]) - 1) // 3
-    return [f"{n // 4}Q{n % 4 + 1}" for n in range(number(since), number(until) + 1)]
+    number = lambda day: int(day[:4]) * 4 + (int(day[5:7]) - 1) // 3
+    return [f"{n // 4}Q{n % 4 + 1}" for n in range(number(max(since, "1993-01-01")), number(until) + 1)]
 
 def of_quarter(site: Site, folder: Path, quarter: str) -> Iterator[Filing]:
     "All filings of a quarter, from its index, which is kept below `folder` where the quarter was over."
