@@ -34,7 +34,7 @@ def decode(data: bytes) -> str:
     try: return data.decode("utf-8-sig")
     except UnicodeDecodeError: return data.decode("cp1252", errors="replace")
 
-# %% ../../nbs/08_reading.ipynb #6c90173e
+# %% ../../nbs/08_reading.ipynb #fa63136a
 class Zstd(io.RawIOBase):
     "What a zstandard stream holds. Raises EOFError where it breaks off."
     def __init__(self, file: BinaryIO): self.file, self.frame, self.left = file, None, b""
@@ -48,7 +48,7 @@ class Zstd(io.RawIOBase):
             if not packed and not over: raise EOFError("compressed file ended before the end of a frame")
             if not packed: return 0
             if over: self.frame = zstandard.ZstdDecompressor().decompressobj()
-            self.left = self.frame.decompress(packed)
+            self.left = memoryview(self.frame.decompress(packed))
         n = min(len(buffer), len(self.left))
         buffer[:n], self.left = self.left[:n], self.left[n:]
         return n
