@@ -31,16 +31,23 @@ def printed(text: str) -> str:
     text = _label.sub(r"\1 \2 ", _closing.sub("", _footnote.sub(r"[\1]", text)))
     return _entity.sub(lambda m: html.unescape(m[0]), text)
 
-# %% ../../nbs/09_plain.ipynb #2b35fa75
+# %% ../../nbs/09_plain.ipynb #ba611af5
 _mark = re.compile(r"(?:(?:item|section|article|exhibit)\s+)?(?:\(?(?:\d{1,2}|[A-Z]|[ivx]{1,5})[.)]|\d{1,3}(?:\.\d{1,3}){0,4}\.?|\w{1,3}\(\w{1,3}\)"
                    r"|\[[ xX]?\]|[-*•·o]{1,2}|\([ xX]?\))(?:\s*--?)?\s+", re.I)
 _gap = re.compile(r"\S {3,}+(?=\S)|\.{5,}+|(?: \.){4,}+")
-_rule = re.compile(r"[\s\-=_*~.|+]{3,}")
+_rule = re.compile(r"[\s\-=_*~.|+#]{3,}")
 _ends_in_figure = re.compile(r" {3,}+[$(]{0,2}\s?[\d,]*\.?\d+\)?\s?%?\)?$")
 
 def _find_gap(bare: str, start: int = 0) -> re.Match | None:
     "The first gap of a line without its indent."
     return _gap.search(bare, start) if "   " in bare or "...." in bare or ". . " in bare else None
+
+def _justified(bare: str) -> bool:
+    "Whether a line has its gaps because its words were spread to fill it."
+    wide = re.findall(r" {2,}+", bare)
+    if len(wide) < 3 or max(map(len, wide)) > 4 or _ends_in_figure.search(bare): return False
+    figures = len(re.findall(r" {2,}+[$(]{0,2}\d[\d,.]*+[)%]*+(?= |$)", bare))
+    return len(re.findall(r"(?<![^ (\"])[a-z]{2,}", bare)) >= max(3, 3 * figures)
 
 def columned(lines: list[str]) -> list[bool]:
     "For each line of a block whether it has columns. A gap after which the next line hangs has none."
@@ -50,11 +57,11 @@ def columned(lines: list[str]) -> list[bool]:
         gap = _find_gap(bare) and _find_gap(bare, m.end() if (m := _mark.match(bare)) else 0)
         below = after.lstrip()
         hangs = gap and below and len(after) - len(below) == len(line) - len(bare) + gap.end()
-        out.append(bool(gap) and not (hangs and "." not in gap[0] and not _find_gap(bare, gap.end())
+        out.append(bool(gap) and not _justified(bare) and not (hangs and "." not in gap[0] and not _find_gap(bare, gap.end())
                                       and not _find_gap(below) and not _ends_in_figure.search(line)))
     return out
 
-# %% ../../nbs/09_plain.ipynb #854c16fc
+# %% ../../nbs/09_plain.ipynb #685b5f0b
 _goes_on = set("a an and as at by for from in its of on or such that the to with".split())
 
 def _soft(line: str, after: str, width: int) -> bool:
@@ -80,6 +87,7 @@ def _joined(lines: list[str], words: Counter) -> str:
         else: out += [" ", line]
     return "".join(out[1:])
 
+_bullet = re.compile(r"^(?:o|--?|[•·]) (?=[A-Za-z])")
 _hyphen = re.compile(r"(?<!\S)\W*([\w.]+)-$")
 
 def paragraphs(lines: list[str], width: int, words: Counter) -> list[str]:
@@ -92,12 +100,13 @@ def paragraphs(lines: list[str], width: int, words: Counter) -> list[str]:
     short = True
     for run in runs:
         text = _joined(run, words)
+        text = _bullet.sub("- ", text)
         if out and short and len(text) < 0.7 * width and not _mark.match(text): out[-1] += "\n" + text
         else: out.append(text)
         short = len(text) < 0.7 * width
     return out
 
-# %% ../../nbs/09_plain.ipynb #f5d3d90b
+# %% ../../nbs/09_plain.ipynb #94f04aa2
 def _table(lines: list[str]) -> Line:
     "Lines as printed, without what all are indented by; an empty row ends them."
     shift = min((len(x) - len(x.lstrip()) for x in lines if x), default=0)
@@ -120,6 +129,7 @@ def block(lines: list[str], width: int, words: Counter) -> Iterator[Line]:
     "The paragraphs and tables of one block of lines."
     lines = _without_underlines(lines)
     flags = columned(lines)
+    if 4 * sum(flags) <= len(lines) > 3 and not any(_ends_in_figure.search(x) for x in lines): flags = [False] * len(lines)
     runs = [(flag, [x for _, x in run]) for flag, run in groupby(zip(flags, lines), key=lambda x: x[0])]
     for i, (flag, run) in enumerate(runs):
         full = len(run) >= 3 and all(_soft(a, b, width) for a, b in zip(run[:-1], run[1:-1] + [run[-1]]))
@@ -150,7 +160,7 @@ def _page_number(lines: list[str]) -> bool:
     "Whether a block is one line with nothing but a short number in it."
     return len(lines) == 1 and bool(re.fullmatch(r"\W*(?:[A-Z]{1,2}-)?(?:\d{1,3}|[ivx]{1,5})\W*", lines[0]))
 
-# %% ../../nbs/09_plain.ipynb #a98a0290
+# %% ../../nbs/09_plain.ipynb #fb04465b
 def _found(text: str, words: Counter) -> tuple[list[Line], list[str]]:
     "The lines, tables and page breaks of a printed text, and what stood on the tags of its pages."
     full = Counter(len(x) for x in map(str.rstrip, text.split("\n")) if x and not _find_gap(x.lstrip()))
@@ -183,9 +193,9 @@ def _level(line: Line, after: Line) -> int:
     if not line.bold: return 0
     if re.match(r"part\s+[iv]+\b", line.text, re.I): return 1
     if re.match(r"item\s+\d", line.text, re.I): return 2
-    return 3 if not after.bold and len(after.text) >= 80 else 0
+    return 3 if not after.bold and len(after.text) >= 80 and "\n" not in after.text else 0
 
-# %% ../../nbs/09_plain.ipynb #ca62ed02
+# %% ../../nbs/09_plain.ipynb #5c05a588
 def plain_markdown(text: str) -> tuple[str, list[str]]:
     "Markdown of a typed document, its tables in fences as they are printed; and apart the page furniture."
     text = printed(text)
@@ -199,4 +209,5 @@ def plain_markdown(text: str) -> tuple[str, list[str]]:
         if not line.rows: out.append(line_markdown(line, _level(line, after))); continue
         table = "\n".join(row[0] for row in line.rows).strip("\n")
         out.append(f"```\n{table.replace('```', chr(39) * 3)}\n```")
-    return "\n\n".join(out), numbers + [found[i].text for i in pages] + apart
+    text = re.sub(r"^(- .*)\n\n(?=- )", r"\1\n", "\n\n".join(out), flags=re.M)
+    return text, numbers + [found[i].text for i in pages] + apart

@@ -137,16 +137,18 @@ def submitted(name: str, data: bytes) -> Iterator[Document]:
         else: yield not_kept("document breaks off", **about(name, known, {}, part.head))
     if not found: yield not_kept("submission without documents", title=name)
 
-# %% ../../nbs/10_sec.ipynb #55ab5131
+# %% ../../nbs/10_sec.ipynb #777471fa
 _item = re.compile(r"(?:part_\d+_+)?item_(\d+(?:\.\d+)?[A-Z]?)", re.I)
+_ruled = re.compile(r"(?:- )*+[-_=]{4,}+")
 
 def _section(number: str, text: str) -> str:
     "One item, under a heading."
-    first, _, rest = text.strip().partition("\n")
-    if not re.match(rf"\W*items?\W*{re.escape(number)}\b", first, re.I): first, rest = f"Item {number}", text.strip()
-    elif len(first) > 250: first, rest = "", text.strip()
-    lines = [x.strip() for x in rest.split("\n") if x.strip()]
-    return "\n\n".join([f"## {' '.join(first.split())}"] * bool(first) + lines)
+    lines = [x for line in _ruled.sub(" ", text).split("\n") if (x := " ".join(line.split()))]
+    named = re.match(rf"\W*items?\W*{re.escape(number)}(?![\w])[\W_]*", lines[0], re.I)
+    if not named: lines.insert(0, f"Item {number}")
+    elif named.end() == len(lines[0]) and len(lines) > 2 and len(lines[1]) < 150: lines[:2] = [" ".join(lines[:2])]
+    if len(lines[0]) <= 250: lines[0] = f"## {lines[0]}"
+    return "\n\n".join(lines)
 
 def itemised(name: str, data: bytes) -> Document:
     "A filing given as JSON, an object with its items under `item_<number>`. Raises `Unreadable`."
@@ -157,7 +159,7 @@ def itemised(name: str, data: bytes) -> Document:
     names = dict(cik="cik", company="company", form="filing_type", filed="filing_date", period="period_of_report", sic="sic")
     header = {k: str(given.get(v) or "") for k, v in names.items()} | dict(cik=str(given.get("cik") or "").lstrip("0"))
     known = about(str(given.get("filename") or name), header, {}, dict(filename=str(given.get("filename") or "")))
-    text = "\n\n".join(_section(*x) for x in items.items() if x[1].strip())
+    text = "\n\n".join(_section(*x) for x in items.items() if _ruled.sub("", x[1]).strip())
     return record(text, **known) if text else not_kept("no text", **known)
 
 # %% ../../nbs/10_sec.ipynb #5a985e31
