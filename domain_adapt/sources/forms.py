@@ -55,7 +55,7 @@ def leaves(el: etree._Element, path: tuple[str, ...]) -> Iterator[tuple[tuple[st
         for kid in el.iterchildren(etree.Element): yield from leaves(kid, (*path, label(kid.tag)))
     elif said := value(el): yield path, said
 
-# %% ../../nbs/09_forms.ipynb #fea41785
+# %% ../../nbs/09_forms.ipynb #ff89950d
 MOST_COLUMNS = 60
 
 def _names(paths: list[tuple[str, ...]]) -> list[str]:
@@ -67,10 +67,9 @@ def records(rows: list[etree._Element]) -> str:
     "Elements of the same kind as a table, a column for each path of a value in them; same paths share a cell."
     found: list[dict[tuple[str, ...], str]] = []
     for el in rows:
-        found.append(row := {})
-        for path, said in leaves(el, ()):
-            path = path or (label(el.tag),)
-            row[path] = f"{row[path]}; {said}" if path in row else said
+        row: dict[tuple[str, ...], list[str]] = {}
+        for path, said in leaves(el, ()): row.setdefault(path or (label(el.tag),), []).append(said)
+        found.append({path: "; ".join(said) for path, said in row.items()})
     paths = list(dict.fromkeys(path for row in found for path in row))
     if len(paths) > MOST_COLUMNS: return "\n\n".join("\n".join(f"{' '.join(k)}: {v}" for k, v in r.items()) for r in found)
     return table_markdown([_names(paths), *([row.get(p, "") for p in paths] for row in found)]) if paths else ""
@@ -118,10 +117,10 @@ def _yes(el: etree._Element) -> bool: return value(el).lower() in ("1", "true")
 
 def _flag(el: etree._Element) -> bool: return value(el).lower() in ("0", "1", "true", "false") and not len(el)
 
-# %% ../../nbs/09_forms.ipynb #26d8ad4b
+# %% ../../nbs/09_forms.ipynb #ac8f4705
 def _holding(row: etree._Element) -> dict[str, str]:
     "The cells of one transaction or holding by column, with the marks of its footnotes."
-    out: dict[str, str] = {}
+    out: dict[str, list[str]] = {}
     for el in row.iterdescendants(etree.Element):
         if el.tag in ("value", "footnoteId"): continue
         marks = [f"[{note.get('id', '')}]" for note in el.iterchildren("footnoteId")]
@@ -129,9 +128,8 @@ def _holding(row: etree._Element) -> dict[str, str]:
         if el.tag == "equitySwapInvolved" and said: said = "yes" if said.lower() in ("1", "true") else ""
         meaning = MEANINGS.get(el.tag, {}).get(said)
         name = COLUMNS.get(el.tag) or label(el.tag)
-        cell = " ".join(filter(None, [out.get(name, ""), f"{said} ({meaning})" if meaning else said, *marks]))
-        if cell: out[name] = cell
-    return out
+        if cell := [x for x in (f"{said} ({meaning})" if meaning else said, *marks) if x]: out.setdefault(name, []).extend(cell)
+    return {name: " ".join(cell) for name, cell in out.items()}
 
 def _holdings(table: etree._Element | None) -> str:
     "The transactions and holdings of one table."

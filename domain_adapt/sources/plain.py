@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['printed', 'columned', 'paragraphs', 'block', 'plain_markdown']
 
-# %% ../../nbs/09_plain.ipynb #f6f18fce
+# %% ../../nbs/09_plain.ipynb #4aeab581
 import html, re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
-from .markdown import Line, body, line_markdown
+from .markdown import Line, furniture, line_markdown
 
-# %% ../../nbs/09_plain.ipynb #1b3ec360
+# %% ../../nbs/09_plain.ipynb #f34f134f
 _layout = re.compile(r"</?(?:CAPTION|S|C|FN|TEXT)>", re.I)
 _footnote = re.compile(r"<(F\d{1,3})>", re.I)
-_label = re.compile(r"^(\s*+)<([A-Z][A-Z0-9&-]*+)>", re.M)
-_closing = re.compile(r"^\s*+</[A-Z][A-Z0-9&-]*+>\s*+$", re.M)
+_label = re.compile(r"^( *+)<([A-Z][A-Z0-9&-]*+)>", re.M)
+_closing = re.compile(r"^ *+</[A-Z][A-Z0-9&-]*+> *+$", re.M)
 _entity = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]{2,8});")
 _escaped = re.compile(r"^(?:- )+(?=-)", re.M)
 _unprinted = str.maketrans({**dict.fromkeys([*range(9), 11, *range(14, 32), 127, 0xad, 0xfeff, 0x200b], None), 0xa0: " "})
@@ -31,12 +31,12 @@ def printed(text: str) -> str:
     text = _label.sub(r"\1 \2 ", _closing.sub("", _footnote.sub(r"[\1]", text)))
     return _entity.sub(lambda m: html.unescape(m[0]), text)
 
-# %% ../../nbs/09_plain.ipynb #ba611af5
+# %% ../../nbs/09_plain.ipynb #3d76380d
 _mark = re.compile(r"(?:(?:item|section|article|exhibit)\s+)?(?:\(?(?:\d{1,2}|[A-Z]|[ivx]{1,5})[.)]|\d{1,3}(?:\.\d{1,3}){0,4}\.?|\w{1,3}\(\w{1,3}\)"
                    r"|\[[ xX]?\]|[-*•·o]{1,2}|\([ xX]?\))(?:\s*--?)?\s+", re.I)
 _gap = re.compile(r"\S {3,}+(?=\S)|\.{5,}+|(?: \.){4,}+")
 _rule = re.compile(r"[\s\-=_*~.|+#]{3,}")
-_ends_in_figure = re.compile(r" {3,}+[$(]{0,2}\s?[\d,]*\.?\d+\)?\s?%?\)?$")
+_ends_in_figure = re.compile(r" {3,}+[$( ]*+[\d,.]++[)% ]*+$")
 
 def _find_gap(bare: str, start: int = 0) -> re.Match | None:
     "The first gap of a line without its indent."
@@ -61,7 +61,7 @@ def columned(lines: list[str]) -> list[bool]:
                                       and not _find_gap(below) and not _ends_in_figure.search(line)))
     return out
 
-# %% ../../nbs/09_plain.ipynb #685b5f0b
+# %% ../../nbs/09_plain.ipynb #077ce6c8
 _goes_on = set("a an and as at by for from in its of on or such that the to with".split())
 
 def _soft(line: str, after: str, width: int) -> bool:
@@ -78,7 +78,7 @@ def _joined(lines: list[str], words: Counter) -> str:
     out: list[str] = []
     for line in lines:
         line = " ".join(line.split())
-        left = _hyphen.search(out[-1]) if out and out[-1].endswith("-") else None
+        left = _hyphen.search(out[-1][-60:]) if out and out[-1].endswith("-") else None
         right = left and re.match(r"\w+", line)
         if right:
             whole, parted = (left[1] + right[0]).lower(), f"{left[1]}-{right[0]}".lower()
@@ -96,15 +96,13 @@ def paragraphs(lines: list[str], width: int, words: Counter) -> list[str]:
     for line, after in zip(lines, lines[1:]):
         if _soft(line, after, width): runs[-1].append(after)
         else: runs.append([after])
-    out: list[str] = []
-    short = True
+    out: list[list[str]] = []
     for run in runs:
-        text = _joined(run, words)
-        text = _bullet.sub("- ", text)
-        if out and short and len(text) < 0.7 * width and not _mark.match(text): out[-1] += "\n" + text
-        else: out.append(text)
-        short = len(text) < 0.7 * width
-    return out
+        text = _bullet.sub("- ", _joined(run, words))
+        short = len(text) < 0.7 * width and not _mark.match(text)
+        if out and short and len(out[-1][-1]) < 0.7 * width: out[-1].append(text)
+        else: out.append([text])
+    return ["\n".join(x) for x in out]
 
 # %% ../../nbs/09_plain.ipynb #94f04aa2
 def _table(lines: list[str]) -> Line:
@@ -160,7 +158,7 @@ def _page_number(lines: list[str]) -> bool:
     "Whether a block is one line with nothing but a short number in it."
     return len(lines) == 1 and bool(re.fullmatch(r"\W*(?:[A-Z]{1,2}-)?(?:\d{1,3}|[ivx]{1,5})\W*", lines[0]))
 
-# %% ../../nbs/09_plain.ipynb #fb04465b
+# %% ../../nbs/09_plain.ipynb #f314526e
 def _found(text: str, words: Counter) -> tuple[list[Line], list[str]]:
     "The lines, tables and page breaks of a printed text, and what stood on the tags of its pages."
     full = Counter(len(x) for x in map(str.rstrip, text.split("\n")) if x and not _find_gap(x.lstrip()))
@@ -169,7 +167,7 @@ def _found(text: str, words: Counter) -> tuple[list[Line], list[str]]:
     out, numbers = [], []
     for kind, lines in _pages(text):
         if kind == "page":
-            out.append(Line(page=True))
+            if not (out and out[-1].page): out.append(Line(page=True))
             numbers += filter(None, lines)
         elif kind == "table":
             blocks = _blocks(lines)
@@ -180,13 +178,21 @@ def _found(text: str, words: Counter) -> tuple[list[Line], list[str]]:
             for lines in _blocks(lines): out += block(lines, min(width, 100), words)
     return out, numbers
 
-def _merged(found: list[Line]) -> list[Line]:
-    "Tables with nothing between them as one."
-    out: list[Line] = []
-    for line in found:
-        if line.rows and out and out[-1].rows: out[-1] = Line(rows=out[-1].rows + line.rows)
-        else: out.append(line)
-    return out
+def _flow(found: list[Line]) -> tuple[list[Line], list[str]]:
+    "The lines and tables of the text, each whole again where pages part it; and apart the page furniture."
+    apart, out, turned = furniture(found), [], False
+    apart |= {i for i, x in enumerate(found) if _page_of.fullmatch(x.text) and any(y.page for y in found[max(i - 1, 0):i + 2])}
+    for i, line in enumerate(found):
+        turned = turned or line.page
+        if line.page or i in apart or _rule.fullmatch(line.text): continue
+        last = out[-1][-1] if out else Line()
+        goes_on = turned and re.match(r"[a-z]", line.text) and re.search(r"[\w,]$", last.text[-1:])
+        if line.rows and last.rows: last.rows.extend(line.rows)
+        elif goes_on: out[-1].append(line)
+        else: out.append([line])
+        turned = False
+    whole = [x[0] if len(x) == 1 else Line(" ".join(y.text for y in x)) for x in out]
+    return whole, [x.text or "\n".join(row[0] for row in x.rows) for i, x in enumerate(found) if i in apart]
 
 def _level(line: Line, after: Line) -> int:
     "The heading level of a line, 0 for none."
@@ -195,19 +201,16 @@ def _level(line: Line, after: Line) -> int:
     if re.match(r"item\s+\d", line.text, re.I): return 2
     return 3 if not after.bold and len(after.text) >= 80 and "\n" not in after.text else 0
 
-# %% ../../nbs/09_plain.ipynb #5c05a588
+# %% ../../nbs/09_plain.ipynb #b4273621
 def plain_markdown(text: str) -> tuple[str, list[str]]:
     "Markdown of a typed document, its tables in fences as they are printed; and apart the page furniture."
     text = printed(text)
     words = Counter(re.findall(r"[a-z]+(?:-[a-z]+)*", text.lower()))
     found, numbers = _found(text, words)
-    near = lambda i: any(x.page for x in found[max(i - 1, 0):i + 2])
-    pages = [i for i, x in enumerate(found) if _page_of.fullmatch(x.text) and near(i)]
-    kept, apart = body([x for i, x in enumerate(found) if i not in pages])
-    kept, out = _merged(kept), []
+    (kept, apart), out = _flow(found), []
     for line, after in zip(kept, [*kept[1:], Line()]):
         if not line.rows: out.append(line_markdown(line, _level(line, after))); continue
         table = "\n".join(row[0] for row in line.rows).strip("\n")
         out.append(f"```\n{table.replace('```', chr(39) * 3)}\n```")
     text = re.sub(r"^(- .*)\n\n(?=- )", r"\1\n", "\n\n".join(out), flags=re.M)
-    return text, numbers + [found[i].text for i in pages] + apart
+    return text, numbers + apart

@@ -61,7 +61,7 @@ def about(name: str, header: dict[str, str], said: dict[str, str], head: dict[st
     return dict(title=title if known["company"] else Path(name).stem, date=known["period"] or known["filed"], url=url,
                 **known, document_type=document_type, **more)
 
-# %% ../../nbs/10_sec.ipynb #524bb3a8
+# %% ../../nbs/10_sec.ipynb #5f594ba6
 KINDS = {**dict.fromkeys("jpg jpeg gif png bmp tif tiff svg graphic".split(), "picture"),
          **dict.fromkeys("xls xlsx xlsm excel".split(), "Excel"), **dict.fromkeys("pdf".split(), "PDF"),
          **dict.fromkeys("doc docx".split(), "Word"), **dict.fromkeys("ppt pptx".split(), "PowerPoint"),
@@ -78,7 +78,8 @@ _control = bytes({*range(32)} - {9, 10, 12, 13, 26})
 def kind(name: str, document_type: str, data: bytes) -> str:
     """What a document is by its file name, type and first bytes: `html`, `xml`, `text`, or in a word why it is none of
     them, such as PDF."""
-    start = data[_open.match(data).end():][:20000]
+    begins = _open.match(data).end()
+    start = data[begins:begins + 20000]
     for sign, what in MAGIC.items():
         if start.startswith(sign): return what
     suffix, of_type = Path(name).suffix.lower()[1:], document_type.lower().split(".")[0]
