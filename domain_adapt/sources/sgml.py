@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# %% ../../nbs/07_sgml.ipynb #5494a476
-_start = re.compile(rb"<DOCUMENT>(?=\s*+(?:<(?:TYPE|SEQUENCE|FILENAME|DESCRIPTION|TEXT)>|<?\w*+\Z))", re.I)
+# %% ../../nbs/07_sgml.ipynb #ff4f9000
+_start = re.compile(rb"<DOCUMENT>(?=\s*+(?:<(?:TYPE|SEQUENCE|FILENAME|DESCRIPTION|TEXT)>|<?\w*+\Z))"
+                    rb"|</DOCUMENT>\s*+(?=<TYPE>[^<]*+<(?:SEQUENCE|FILENAME|DESCRIPTION|TEXT)>)", re.I)
 _head = re.compile(rb"\s*+<(TYPE|SEQUENCE|FILENAME|DESCRIPTION)>([^<\r\n]*+)", re.I)
 _text = re.compile(rb"\s*+<TEXT>", re.I)
 _closed = re.compile(rb"</DOCUMENT>", re.I)
