@@ -14,7 +14,7 @@ from lxml import etree
 from .markdown import table_markdown
 from .reading import Unreadable
 
-# %% ../../nbs/09_forms.ipynb #7f55a1ec
+# %% ../../nbs/09_forms.ipynb #80b971ed
 _wrapper = re.compile(r"\s*(?:</?(?:XML|XBRL)>\s*)*(?:<\?xml[^>]*+\?>)?\s*", re.I)
 _wrapped = re.compile(r"</(?:XML|XBRL)>\s*\Z", re.I)
 
@@ -30,9 +30,9 @@ def parse_xml(text: str) -> etree._Element:
 def value(el: etree._Element | None, path: str = ".") -> str:
     "What the element at `path` says, in one line; empty where it is missing."
     found = el.find(path) if el is not None else None
-    return " ".join("".join(found.itertext()).split()) if found is not None else ""
+    return " ".join(" ".join(found.itertext()).split()) if found is not None else ""
 
-# %% ../../nbs/09_forms.ipynb #8b02c070
+# %% ../../nbs/09_forms.ipynb #0819992e
 def label(tag: str) -> str:
     "A tag's name in words."
     words = re.sub(r"(?<=[a-z\d])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_-]+", " ", tag.rstrip("0123456789") or tag).strip()
@@ -45,8 +45,9 @@ def _own(el: etree._Element, path: tuple[str, ...]) -> Iterator[tuple[tuple[str,
 
 def _leaf(el: etree._Element) -> bool:
     "Whether an element holds words rather than elements; a lone `value` in it is its words."
-    return len(el) == 0 or len(el) == 1 and el[0].tag == "value" or any(
-        x and x.strip() for x in (el.text, *(kid.tail for kid in el)))
+    first = next(el.iterchildren(etree.Element), None)
+    if first is None or first.tag == "value" and len(first) == 0 and len(el) == 1: return True
+    return any(x and x.strip() for x in (el.text, *(kid.tail for kid in el)))
 
 def leaves(el: etree._Element, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
     "Path, in words, and value of each element from `el` on that holds words, and of each attribute, where not empty."
