@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from .markdown import Line, furniture, line_markdown
 
-# %% ../../nbs/09_plain.ipynb #f34f134f
-_layout = re.compile(r"</?(?:CAPTION|S|C|FN|TEXT)>", re.I)
+# %% ../../nbs/09_plain.ipynb #51a71443
+_layout = re.compile(r"</?(?:CAPTION|S|C|FN)>", re.I)
 _footnote = re.compile(r"<(F\d{1,3})>", re.I)
 _label = re.compile(r"^( *+)<([A-Z][A-Z0-9&-]*+)>", re.M)
 _closing = re.compile(r"^ *+</[A-Z][A-Z0-9&-]*+> *+$", re.M)
@@ -25,7 +25,7 @@ _edge = re.compile(r"<PAGE>|</?TABLE>", re.I)
 def printed(text: str) -> str:
     "The text with tabs expanded, entities decoded and its tags gone but for `<PAGE>` and `<TABLE>`; columns stay."
     text = re.sub(r"\r\n?", "\n", text).translate(_unprinted).replace("\f", "\n<PAGE>\n").expandtabs()
-    text = re.sub(r"</PAGE>", "", text, flags=re.I)
+    text = re.sub(r"</PAGE>|</?TEXT>", "", text, flags=re.I)
     text = _edge.sub(lambda m: m[0].lower(), text)
     text = _layout.sub(lambda m: " " * len(m[0]), _escaped.sub("", text))
     text = _label.sub(r"\1 \2 ", _closing.sub("", _footnote.sub(r"[\1]", text)))

@@ -61,7 +61,7 @@ def about(name: str, header: dict[str, str], said: dict[str, str], head: dict[st
     return dict(title=title if known["company"] else Path(name).stem, date=known["period"] or known["filed"], url=url,
                 **known, document_type=document_type, **more)
 
-# %% ../../nbs/10_sec.ipynb #5f594ba6
+# %% ../../nbs/10_sec.ipynb #c559a9f9
 KINDS = {**dict.fromkeys("jpg jpeg gif png bmp tif tiff svg graphic".split(), "picture"),
          **dict.fromkeys("xls xlsx xlsm excel".split(), "Excel"), **dict.fromkeys("pdf".split(), "PDF"),
          **dict.fromkeys("doc docx".split(), "Word"), **dict.fromkeys("ppt pptx".split(), "PowerPoint"),
@@ -72,7 +72,7 @@ MAGIC = {b"%PDF": "PDF", b"PK\3\4": "ZIP", b"GIF8": "picture", b"\xff\xd8\xff": 
 _open = re.compile(rb"\s*+(?:<(?:XBRL|XML|PDF)>\s*+)*+", re.I)
 _root = re.compile(rb"(?:<\?[^>]*+>|<![^>]*+>|\s)*+<(?:[\w.-]+:)?([\w.-]+)")
 _html = re.compile(rb"<(?:html|body|!doctype html)\b|\A\s*<(?:p|div|font|center|h\d)\b", re.I)
-_html_end = re.compile(rb"</(?:p|div|td|font|center|span)>", re.I)
+_html_end = re.compile(rb"</(?:p|div|t[dr]|font|center|span)>", re.I)
 _control = bytes({*range(32)} - {9, 10, 12, 13, 26})
 
 def kind(name: str, document_type: str, data: bytes) -> str:
@@ -90,7 +90,7 @@ def kind(name: str, document_type: str, data: bytes) -> str:
     if root in (b"xbrl", b"schema", b"linkbase", b"filingsummary"): return "XBRL"
     if root in (b"ownershipdocument", b"edgarsubmission"): return "xml"
     if what := KINDS.get(of_type) or (KINDS.get(suffix) if suffix != "xml" else ""): return KINDS.get(suffix, what)
-    if _html.search(start) or len(_html_end.findall(start)) > 2: return "html"
+    if _html.search(start) or len(_html_end.findall(start)) > 1: return "html"
     return "xml" if start.startswith(b"<?xml") or suffix == "xml" and root else "text"
 
 # %% ../../nbs/10_sec.ipynb #1a286077
