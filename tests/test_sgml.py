@@ -103,7 +103,7 @@ def test_any_documents_come_back_in_order_in_any_dialect(docs, wrapped):
 
 
 @given(documents, st.sampled_from(sorted(WRAPPED)), st.data())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=400)
 def test_a_truncated_file_loses_no_document_before_the_cut(docs, wrapped, data):
     whole, ends = "", []
     for how, kind, text in docs:

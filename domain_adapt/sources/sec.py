@@ -6,7 +6,7 @@
 __all__ = ['ARCHIVES', 'KINDS', 'MAGIC', 'SUFFIXES', 'facts', 'iso_date', 'said_by', 'about', 'kind', 'rendered', 'read_document',
            'submitted', 'itemised', 'documents']
 
-# %% ../../nbs/10_sec.ipynb #38496c19
+# %% ../../nbs/10_sec.ipynb #6c1dc491
 import datetime, json, re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from lxml import etree
 from .forms import form_markdown, ownership_markdown, parse_xml, value
 from .markdown import parse, to_markdown
 from .plain import plain_markdown
-from .reading import Unreadable, contents, decode, not_kept, record
+from .reading import DAMAGE, Unreadable, contents, decode, not_kept, record
 from .sgml import Part, cut_uuencoded, is_submission, submission, uuencoded
 
 # %% ../../nbs/10_sec.ipynb #28b58664
@@ -93,7 +93,7 @@ def kind(name: str, document_type: str, data: bytes) -> str:
     if _html.search(start) or len(_html_end.findall(start)) > 1: return "html"
     return "xml" if start.startswith(b"<?xml") or suffix == "xml" and root else "text"
 
-# %% ../../nbs/10_sec.ipynb #1a286077
+# %% ../../nbs/10_sec.ipynb #21bcd2b1
 def rendered(kind: str, data: bytes) -> tuple[str, dict[str, str]]:
     "Markdown of a document of kind `html`, `xml` or `text`, and what it says of itself. Raises `Unreadable`."
     if len(data) - len(data.translate(None, _control)) > 0.02 * len(data): raise Unreadable("binary data")
@@ -106,7 +106,7 @@ def rendered(kind: str, data: bytes) -> tuple[str, dict[str, str]]:
     if kind == "text":
         text, _ = plain_markdown(page)
         return text, said_by({}, text)
-    root = parse(page)
+    if (root := parse(page)) is None: raise Unreadable("not HTML")
     text = to_markdown(root).text
     return text, said_by(facts(root), text)
 
@@ -119,6 +119,7 @@ def read_document(name: str, data: bytes, header: dict[str, str], head: dict[str
     data, files = cut_uuencoded(data)
     try: text, said = rendered(what, data)
     except Unreadable as e: return not_kept(str(e), **about(name, header, {}, head))
+    except DAMAGE as e: return not_kept(f"damaged: {type(e).__name__}: {e}", **about(name, header, {}, head))
     more = dict(embedded=", ".join(files)) if files else {}
     if not text: return not_kept("no text", **about(name, header, said, head), **more)
     return record(text, **about(name, header, said, head), **more)

@@ -87,9 +87,9 @@ def read_header(header: str) -> dict[str, str]:
     named = [p for p in parties if p[1]]
     return out | (min(named, key=lambda p: p[0])[1] if named else {})
 
-# %% ../../nbs/07_sgml.ipynb #50188a8a
+# %% ../../nbs/07_sgml.ipynb #bc5fe26a
 _any_header = re.compile(rb"<(?:SEC|IMS)-(?:DOCUMENT|HEADER)>|<SUBMISSION>|<ACCESSION-NUMBER>|^ACCESSION NUMBER:", re.I | re.M)
-_footer = re.compile(rb"(?:\s|</(?:SEC-DOCUMENT|IMS-DOCUMENT|SUBMISSION)>|-----END[^\r\n]*+)*+\Z", re.I)
+_footer = re.compile(rb"(?:\s|</(?:SEC-DOCUMENT|IMS-DOCUMENT|SUBMISSION)>|-----END[^\r\n]*+)*+(?:<[\w/-]*+|-{1,5}E?N?)?\Z", re.I)
 _outside = re.compile(rb"</?[A-Z][\w-]*+>|-----(?:BEGIN|END)[^\r\n]*+|\s++", re.I)
 
 def submission(data: bytes) -> Iterator[tuple[dict[str, str], Part | str]]:
@@ -103,7 +103,7 @@ def submission(data: bytes) -> Iterator[tuple[dict[str, str], Part | str]]:
         elif words := _outside.sub(b" ", between).strip(): yield header, words.decode("cp1252", "replace")
         part, at = _part(data, start.end(), end, start is starts[-1])
         yield header, part
-    if starts and (words := _outside.sub(b" ", data[at:]).strip()): yield header, words.decode("cp1252", "replace")
+    if starts and (words := _outside.sub(b" ", data[at:over]).strip()): yield header, words.decode("cp1252", "replace")
 
 def is_submission(data: bytes) -> bool:
     "Whether the bytes of a file are a full submission: they have a document or a header of one."
