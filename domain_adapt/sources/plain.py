@@ -12,28 +12,29 @@ from collections.abc import Iterator
 from itertools import groupby
 from .markdown import Line, furniture, line_markdown
 
-# %% ../../nbs/09_plain.ipynb #51a71443
+# %% ../../nbs/09_plain.ipynb #9369827a
 _layout = re.compile(r"</?(?:CAPTION|S|C|FN)>", re.I)
 _footnote = re.compile(r"<(F\d{1,3})>", re.I)
 _label = re.compile(r"^( *+)<([A-Z][A-Z0-9&-]*+)>", re.M)
 _closing = re.compile(r"^ *+</[A-Z][A-Z0-9&-]*+> *+$", re.M)
 _entity = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]{2,8});")
 _escaped = re.compile(r"^(?:- )+(?=-)", re.M)
-_unprinted = str.maketrans({**dict.fromkeys([*range(9), 11, *range(14, 32), 127, 0xad, 0xfeff, 0x200b], None), 0xa0: " "})
 _edge = re.compile(r"<PAGE>|</?TABLE>", re.I)
+_unprinted = str.maketrans(dict.fromkeys([*range(9), 11, *range(14, 32), 127, 0xad, 0xfeff, 0x200b]) | {0xa0: " "})
 
 def printed(text: str) -> str:
-    "The text with tabs expanded, entities decoded and its tags gone but for `<PAGE>` and `<TABLE>`; columns stay."
+    """The text with tabs expanded and entities decoded. Of its tags `<page>` and `<table>` are left; columns
+    stay where they are."""
     text = re.sub(r"\r\n?", "\n", text).translate(_unprinted).replace("\f", "\n<PAGE>\n").expandtabs()
-    text = re.sub(r"</PAGE>|</?TEXT>", "", text, flags=re.I)
-    text = _edge.sub(lambda m: m[0].lower(), text)
+    text = _edge.sub(lambda m: m[0].lower(), re.sub(r"</PAGE>|</?TEXT>", "", text, flags=re.I))
     text = _layout.sub(lambda m: " " * len(m[0]), _escaped.sub("", text))
     text = _label.sub(r"\1 \2 ", _closing.sub("", _footnote.sub(r"[\1]", text)))
     return _entity.sub(lambda m: html.unescape(m[0]), text)
 
-# %% ../../nbs/09_plain.ipynb #3d76380d
-_mark = re.compile(r"(?:(?:item|section|article|exhibit)\s+)?(?:\(?(?:\d{1,2}|[A-Z]|[ivx]{1,5})[.)]|\d{1,3}(?:\.\d{1,3}){0,4}\.?|\w{1,3}\(\w{1,3}\)"
-                   r"|\[[ xX]?\]|[-*•·o]{1,2}|\([ xX]?\))(?:\s*--?)?\s+", re.I)
+# %% ../../nbs/09_plain.ipynb #ceafc2aa
+_numbered = r"\(?(?:\d{1,2}|[A-Z]|[ivx]{1,5})[.)]|\d{1,3}(?:\.\d{1,3}){0,4}\.?|\w{1,3}\(\w{1,3}\)"
+_mark = re.compile(rf"(?:(?:item|section|article|exhibit)\s+)?(?:{_numbered}|\[[ x]?\]|[-*•·o]{{1,2}}|\([ x]?\))"
+                   r"(?:\s*--?)?\s+", re.I)
 _gap = re.compile(r"\S {3,}+(?=\S)|\.{5,}+|(?: \.){4,}+")
 _rule = re.compile(r"[\s\-=_*~.|+#]{3,}")
 _ends_in_figure = re.compile(r" {3,}+[$( ]*+[\d,.]++[)% ]*+$")
@@ -49,29 +50,38 @@ def _justified(bare: str) -> bool:
     figures = len(re.findall(r" {2,}+[$(]{0,2}\d[\d,.]*+[)%]*+(?= |$)", bare))
     return len(re.findall(r"(?<![^ (\"])[a-z]{2,}", bare)) >= max(3, 3 * figures)
 
+# %% ../../nbs/09_plain.ipynb #1f192fdd
+def _indent(line: str) -> int: return len(line) - len(line.lstrip())
+
+def _hangs(line: str, gap: int, below: str) -> bool:
+    "Whether the words of `line` after its only gap, which ends at `gap`, go on in the line `below`."
+    if _ends_in_figure.search(line) or _find_gap(line.lstrip(), gap - _indent(line)): return False
+    return bool(below) and _indent(below) == gap and not _find_gap(below.lstrip())
+
 def columned(lines: list[str]) -> list[bool]:
-    "For each line of a block whether it has columns. A gap after which the next line hangs has none."
+    "For each line of a block whether it has columns."
     out = []
-    for line, after in zip(lines, [*lines[1:], ""]):
+    for line, below in zip(lines, [*lines[1:], ""]):
         bare = line.lstrip()
         gap = _find_gap(bare) and _find_gap(bare, m.end() if (m := _mark.match(bare)) else 0)
-        below = after.lstrip()
-        hangs = gap and below and len(after) - len(below) == len(line) - len(bare) + gap.end()
-        out.append(bool(gap) and not _justified(bare) and not (hangs and "." not in gap[0] and not _find_gap(bare, gap.end())
-                                      and not _find_gap(below) and not _ends_in_figure.search(line)))
+        prose = gap and (_justified(bare) or "." not in gap[0] and _hangs(line, _indent(line) + gap.end(), below))
+        out.append(bool(gap) and not prose)
     return out
 
-# %% ../../nbs/09_plain.ipynb #077ce6c8
+# %% ../../nbs/09_plain.ipynb #45891b82
 _goes_on = set("a an and as at by for from in its of on or such that the to with".split())
 
 def _soft(line: str, after: str, width: int) -> bool:
     "Whether the line break after `line` is only there because the line was full."
-    if re.match(r"\s*[a-z]", after) and not _mark.match(after.lstrip()): return True
+    marked = _mark.match(after.lstrip())
+    if not marked and re.match(r"\s*[a-z]", after): return True
     full = len(line) + 1 + len(after.split(None, 1)[0]) > width - 5
-    if _mark.match(after.lstrip()): return full and not re.search(r"[.;:,]$|\b(?:and|or)$", line)
+    if marked: return full and not re.search(r"[.;:,]$|\b(?:and|or)$", line[-4:])
     return line.rsplit(None, 1)[-1] in _goes_on or full and max(_indent(line), _indent(after)) < 0.35 * width
 
-def _indent(line: str) -> int: return len(line) - len(line.lstrip())
+# %% ../../nbs/09_plain.ipynb #1a7e3aec
+_hyphen = re.compile(r"(?<!\S)\W*([\w.]+)-$")
+_bullet = re.compile(r"^(?:o|--?|[•·]) (?=[A-Za-z])")
 
 def _joined(lines: list[str], words: Counter) -> str:
     "The lines of one paragraph as one line."
@@ -83,12 +93,8 @@ def _joined(lines: list[str], words: Counter) -> str:
         if right:
             whole, parted = (left[1] + right[0]).lower(), f"{left[1]}-{right[0]}".lower()
             if left[1].isalpha() and words[whole] and not words[parted]: out[-1] = out[-1][:-1]
-            out += ["", line]
-        else: out += [" ", line]
-    return "".join(out[1:])
-
-_bullet = re.compile(r"^(?:o|--?|[•·]) (?=[A-Za-z])")
-_hyphen = re.compile(r"(?<!\S)\W*([\w.]+)-$")
+        out += ["" if right else " ", line]
+    return _bullet.sub("- ", "".join(out[1:]))
 
 def paragraphs(lines: list[str], width: int, words: Counter) -> list[str]:
     "The paragraphs in lines without columns; short lines in a row stay lines of one paragraph."
@@ -97,103 +103,113 @@ def paragraphs(lines: list[str], width: int, words: Counter) -> list[str]:
         if _soft(line, after, width): runs[-1].append(after)
         else: runs.append([after])
     out: list[list[str]] = []
-    for run in runs:
-        text = _bullet.sub("- ", _joined(run, words))
+    for text in (_joined(run, words) for run in runs):
         short = len(text) < 0.7 * width and not _mark.match(text)
         if out and short and len(out[-1][-1]) < 0.7 * width: out[-1].append(text)
         else: out.append([text])
     return ["\n".join(x) for x in out]
 
-# %% ../../nbs/09_plain.ipynb #94f04aa2
+# %% ../../nbs/09_plain.ipynb #09aa2961
+_underline = re.compile(r"^( *+)[-_=]{4,}+ +(?=[A-Za-z(\"'$\d])")
+
+def _without_underlines(lines: list[str]) -> list[str]:
+    "The lines without dashes that only underline words above them and stand before words."
+    plain = lambda x: not _find_gap(x.lstrip()) and not _rule.fullmatch(x)
+    bare = [_underline.sub(r"\1", x) for x in lines]
+    return [new if plain(above) and plain(new) else old for above, old, new in zip(["---", *lines], lines, bare)]
+
 def _table(lines: list[str]) -> Line:
     "Lines as printed, without what all are indented by; an empty row ends them."
-    shift = min((len(x) - len(x.lstrip()) for x in lines if x), default=0)
+    shift = min((_indent(x) for x in lines if x), default=0)
     return Line(rows=[[x[shift:]] for x in lines] + [[""]])
 
 def _heading(lines: list[str], text: str) -> bool:
     "Whether a block is set like a heading: a part or item, underlined, or in capitals."
     if len(text) > 150 or not re.search(r"[^\W\d_]{2}", text): return False
-    underlined = len(lines) > 1 and _rule.fullmatch(lines[-1]) and not _rule.fullmatch(lines[0])
-    return bool(underlined or re.match(r"(?:part\s+[iv]+|item\s+\d+[a-c]?)\b", text, re.I) or text.isupper() and text[-1] not in ",;:")
+    if len(lines) > 1 and _rule.fullmatch(lines[-1]) and not _rule.fullmatch(lines[0]): return True
+    named = re.match(r"(?:part\s+[iv]+|item\s+\d+[a-c]?)\b", text, re.I)
+    return bool(named) or text.isupper() and text[-1] not in ",;:"
 
-def _without_underlines(lines: list[str]) -> list[str]:
-    "The lines without dashes that only underline words above them and stand before words."
-    plain = lambda x: not _find_gap(x.lstrip()) and not _rule.fullmatch(x)
-    return [_underline.sub(r"\1", b) if plain(a) and plain(_underline.sub("", b)) else b for a, b in zip(["---", *lines], lines)]
-
-_underline = re.compile(r"^( *+)[-_=]{4,}+ +(?=[A-Za-z(\"'$\d])")
+# %% ../../nbs/09_plain.ipynb #e65c5cf1
+def _runs(lines: list[str], width: int) -> Iterator[tuple[bool, list[str]]]:
+    "The lines in runs, each with whether it is a table."
+    flags = columned(lines)
+    few = 4 * sum(flags) <= len(lines) and len(lines) > 3 and not any(map(_ends_in_figure.search, lines))
+    runs = []
+    for flag, some in groupby(zip(flags, lines), key=lambda x: x[0]):
+        run = [x for _, x in some]
+        full = len(run) > 2 and all(_soft(*pair, width) for pair in zip(run, run[1:]))
+        runs.append((not few and (flag or any(flags) and not full), run))
+    for flag, some in groupby(runs, key=lambda x: x[0]): yield flag, [x for _, run in some for x in run]
 
 def block(lines: list[str], width: int, words: Counter) -> Iterator[Line]:
     "The paragraphs and tables of one block of lines."
-    lines = _without_underlines(lines)
-    flags = columned(lines)
-    if 4 * sum(flags) <= len(lines) > 3 and not any(_ends_in_figure.search(x) for x in lines): flags = [False] * len(lines)
-    runs = [(flag, [x for _, x in run]) for flag, run in groupby(zip(flags, lines), key=lambda x: x[0])]
-    for i, (flag, run) in enumerate(runs):
-        full = len(run) >= 3 and all(_soft(a, b, width) for a, b in zip(run[:-1], run[1:-1] + [run[-1]]))
-        runs[i] = (flag or any(flags) and not full, run)
-    for flag, some in groupby(runs, key=lambda x: x[0]):
-        run = [x for _, part in some for x in part]
-        if flag: yield _table(run); continue
+    for table, run in _runs(_without_underlines(lines), width):
         said = [x for x in run if not _rule.fullmatch(x)]
-        found = paragraphs(said, width, words) if said else []
-        for text in found: yield Line(text, bold=len(found) == 1 and _heading(run, text.replace("\n", " ")))
+        if table: yield _table(run)
+        elif said:
+            found = paragraphs(said, width, words)
+            head = len(found) == 1 and _heading(run, found[0].replace("\n", " "))
+            yield from (Line(text, bold=head) for text in found)
 
-# %% ../../nbs/09_plain.ipynb #2a07f593
-_page_of = re.compile(r"page\s+\d{1,4}\s+of\s+\d{1,4}(?:\s+pages?)?|[-–]+\s*[ivxl]{1,6}\s*[-–]+", re.I)
-
-def _pages(text: str) -> Iterator[tuple[str, list[str]]]:
-    "Pieces of the text, each with what it is: `page` (the words on that tag's line), `table` or `text`."
-    kind = "text"
-    for i, piece in enumerate(re.split(r"(<page>(?: *\S{1,8} *$)?|</?table>)", text, flags=re.M)):
-        if i % 2 == 0: yield kind, [x.rstrip() for x in piece.split("\n")]
-        elif piece.startswith("<page>"): yield "page", [piece[6:].strip()]
-        else: kind = "text" if piece[1] == "/" else "table"
+# %% ../../nbs/09_plain.ipynb #fdd90d2e
+_pieces = re.compile(r"(<page>(?: *\S{1,8} *$)?|</?table>)", re.M)
+_number = re.compile(r"\W*(?:[A-Z]{1,2}-)?(?:\d{1,3}|[ivx]{1,5})\W*")
 
 def _blocks(lines: list[str]) -> list[list[str]]:
     "Runs of lines between blank ones."
     return [list(run) for filled, run in groupby(lines, key=bool) if filled]
 
-def _page_number(lines: list[str]) -> bool:
-    "Whether a block is one line with nothing but a short number in it."
-    return len(lines) == 1 and bool(re.fullmatch(r"\W*(?:[A-Z]{1,2}-)?(?:\d{1,3}|[ivx]{1,5})\W*", lines[0]))
+def _tabled(lines: list[str]) -> Iterator[Line]:
+    "The table in lines marked as one; a number alone at their end is set apart."
+    blocks = _blocks(lines)
+    end = blocks.pop() if blocks and len(blocks[-1]) == 1 and _number.fullmatch(blocks[-1][0]) else None
+    if blocks: yield _table([x for lines in blocks for x in [*lines, ""]][:-1])
+    if end: yield Line(end[0].strip())
 
-# %% ../../nbs/09_plain.ipynb #f314526e
+def _width(text: str) -> int:
+    "How long a full line of prose is, at most 100."
+    lines = (x.rstrip() for x in text.split("\n"))
+    long = sorted(len(x) for x in lines if len(x) >= 40 and not _find_gap(x.lstrip()))
+    return min(long[int(0.9 * len(long))], 100) if long else 80
+
+# %% ../../nbs/09_plain.ipynb #a66874ef
 def _found(text: str, words: Counter) -> tuple[list[Line], list[str]]:
-    "The lines, tables and page breaks of a printed text, and what stood on the tags of its pages."
-    full = Counter(len(x) for x in map(str.rstrip, text.split("\n")) if x and not _find_gap(x.lstrip()))
-    wide = [n for n in full.elements() if n >= 40]
-    width = sorted(wide)[int(0.9 * len(wide))] if wide else 80
-    out, numbers = [], []
-    for kind, lines in _pages(text):
-        if kind == "page":
+    "The lines, tables and page breaks of a printed text, and the numbers behind the tags of its pages."
+    out, numbers, table, width = [], [], False, _width(text)
+    for n, piece in enumerate(_pieces.split(text)):
+        if n % 2 and piece.startswith("<page>"):
             if not (out and out[-1].page): out.append(Line(page=True))
-            numbers += filter(None, lines)
-        elif kind == "table":
-            blocks = _blocks(lines)
-            ends = [blocks.pop()] if blocks and _page_number(blocks[-1]) else []
-            if blocks: out.append(_table([x for b in blocks for x in [*b, ""]][:-1]))
-            out += [Line(" ".join(x)) for x in ends]
+            if number := piece[6:].strip(): numbers.append(number)
+        elif n % 2: table = piece == "<table>"
         else:
-            for lines in _blocks(lines): out += block(lines, min(width, 100), words)
+            lines = [x.rstrip() for x in piece.split("\n")]
+            out += _tabled(lines) if table else (x for run in _blocks(lines) for x in block(run, width, words))
     return out, numbers
 
-def _flow(found: list[Line]) -> tuple[list[Line], list[str]]:
-    "The lines and tables of the text, each whole again where pages part it; and apart the page furniture."
-    apart, out, turned = furniture(found), [], False
-    apart |= {i for i, x in enumerate(found) if _page_of.fullmatch(x.text) and any(y.page for y in found[max(i - 1, 0):i + 2])}
+# %% ../../nbs/09_plain.ipynb #55b06704
+_page_of = re.compile(r"page\s+\d{1,4}\s+of\s+\d{1,4}(?:\s+pages?)?|[-–]+\s*[ivxl]{1,6}\s*[-–]+", re.I)
+
+def _apart(found: list[Line]) -> set[int]:
+    "Indices of the lines that belong to the page."
+    near = lambda i: any(x.page for x in found[max(i - 1, 0):i + 2])
+    return furniture(found) | {i for i, x in enumerate(found) if _page_of.fullmatch(x.text) and near(i)}
+
+def _flow(found: list[Line], apart: set[int]) -> list[Line]:
+    "The lines and tables of the text, each whole again where pages part it."
+    out, turned = [], False
     for i, line in enumerate(found):
         turned = turned or line.page
         if line.page or i in apart or _rule.fullmatch(line.text): continue
         last = out[-1][-1] if out else Line()
-        goes_on = turned and re.match(r"[a-z]", line.text) and re.search(r"[\w,]$", last.text[-1:])
+        goes_on = turned and re.match(r"[a-z]", line.text) and re.match(r"[\w,]", last.text[-1:])
         if line.rows and last.rows: last.rows.extend(line.rows)
         elif goes_on: out[-1].append(line)
         else: out.append([line])
         turned = False
-    whole = [x[0] if len(x) == 1 else Line(" ".join(y.text for y in x)) for x in out]
-    return whole, [x.text or "\n".join(row[0] for row in x.rows) for i, x in enumerate(found) if i in apart]
+    return [x[0] if len(x) == 1 else Line(" ".join(y.text for y in x)) for x in out]
 
+# %% ../../nbs/09_plain.ipynb #93207d83
 def _level(line: Line, after: Line) -> int:
     "The heading level of a line, 0 for none."
     if not line.bold: return 0
@@ -201,16 +217,18 @@ def _level(line: Line, after: Line) -> int:
     if re.match(r"item\s+\d", line.text, re.I): return 2
     return 3 if not after.bold and len(after.text) >= 80 and "\n" not in after.text else 0
 
-# %% ../../nbs/09_plain.ipynb #b4273621
+def _fenced(rows: list[list[str]]) -> str:
+    "A table as it is printed."
+    table = "\n".join(row[0] for row in rows).strip("\n").replace("```", "'''")
+    return f"```\n{table}\n```"
+
 def plain_markdown(text: str) -> tuple[str, list[str]]:
     "Markdown of a typed document, its tables in fences as they are printed; and apart the page furniture."
     text = printed(text)
-    words = Counter(re.findall(r"[a-z]+(?:-[a-z]+)*", text.lower()))
-    found, numbers = _found(text, words)
-    (kept, apart), out = _flow(found), []
-    for line, after in zip(kept, [*kept[1:], Line()]):
-        if not line.rows: out.append(line_markdown(line, _level(line, after))); continue
-        table = "\n".join(row[0] for row in line.rows).strip("\n")
-        out.append(f"```\n{table.replace('```', chr(39) * 3)}\n```")
-    text = re.sub(r"^(- .*)\n\n(?=- )", r"\1\n", "\n\n".join(out), flags=re.M)
-    return text, numbers + apart
+    found, numbers = _found(text, Counter(re.findall(r"[a-z]+(?:-[a-z]+)*", text.lower())))
+    apart = _apart(found)
+    numbers += [x.text or "\n".join(row[0] for row in x.rows) for i, x in enumerate(found) if i in apart]
+    kept = _flow(found, apart)
+    done = [_fenced(line.rows) if line.rows else line_markdown(line, _level(line, after))
+            for line, after in zip(kept, [*kept[1:], Line()])]
+    return re.sub(r"^(- .*)\n\n(?=- )", r"\1\n", "\n\n".join(done), flags=re.M), numbers
