@@ -122,13 +122,16 @@ def test_groups_attributes_and_words_between_elements():
         "# A\n\nB Unit: USD\nB: 5\n\n## C\n\nD: x y z\nYear of inc: 2004")
 
 
-@pytest.mark.parametrize("tag, words", [("rptOwnerStreet1", "Rpt owner street"), ("issuerCIK", "Issuer CIK"), ("CIKNumber", "CIK number"),
-                                        ("is40Act", "Is40 act"), ("file-number", "File number"), ("b", "B"), ("1", "1")])
+@pytest.mark.parametrize("tag, words", [("rptOwnerStreet1", "Rpt owner street"), ("issuerCIK", "Issuer CIK"),
+    ("CIKNumber", "CIK number"),
+                                        ("is40Act", "Is40 act"), ("file-number", "File number"), ("b", "B"),
+                                        ("1", "1")])
 def test_labels(tag, words): assert label(tag) == words
 
 
 tags = st.sampled_from(["alpha", "betaGamma", "value", "item", "infoTable"])
-tree = st.recursive(st.tuples(tags, st.integers(0, 10**6).map(str)), lambda kids: st.tuples(tags, st.lists(kids, min_size=1, max_size=4)), max_leaves=25)
+tree = st.recursive(st.tuples(tags, st.integers(0, 10**6).map(str)),
+    lambda kids: st.tuples(tags, st.lists(kids, min_size=1, max_size=4)), max_leaves=25)
 
 
 def written(node):
@@ -149,7 +152,8 @@ def test_a_form_of_very_many_columns_is_lines():
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("text", ["", "<a>", "<a></b>", "<a>" * 5000, "words", "<a b='1' b='2'/>", "\x00", "<a>&bogus;</a>"])
+@pytest.mark.parametrize("text", ["", "<a>", "<a></b>", "<a>" * 5000, "words", "<a b='1' b='2'/>", "\x00",
+    "<a>&bogus;</a>"])
 def test_damage_is_unreadable(text):
     with pytest.raises(Unreadable): parse_xml(text)
 
@@ -164,7 +168,8 @@ def test_entities_are_neither_fetched_nor_expanded(tmp_path):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("before, piece, after", [("<a>", "<b/>", "</a>"), ("<a>", "<b><c>1</c></b>", "</a>"), ("<a><x>", "<c>1</c>", "</x><x><c>2</c></x></a>"),
+@pytest.mark.parametrize("before, piece, after", [("<a>", "<b/>", "</a>"), ("<a>", "<b><c>1</c></b>", "</a>"),
+    ("<a><x>", "<c>1</c>", "</x><x><c>2</c></x></a>"),
                                                   ("<a>", "x<b/>", "</a>"), ("<a>", "<b>1</b>", "</a>")])
 def test_hostile_repetition_is_read_in_linear_time(before, piece, after):
     def seconds(n):

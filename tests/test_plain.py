@@ -22,8 +22,10 @@ def test_full_lines_are_joined_and_short_ones_are_not():
 
 
 @pytest.mark.parametrize("lines, text", [
-    (["under the juris-", "diction of it"], "under the jurisdiction of it"), (["on Form 10-", "K of a newly-", "formed one"], "on Form 10-K of a newly-formed one"),
-    (["the pass-", "through it"], "the pass-through it"), (["in 1994-", "1995 it"], "in 1994-1995 it"), (["it is -", "so"], "it is - so")])
+    (["under the juris-", "diction of it"], "under the jurisdiction of it"),
+        (["on Form 10-", "K of a newly-", "formed one"], "on Form 10-K of a newly-formed one"),
+    (["the pass-", "through it"], "the pass-through it"), (["in 1994-", "1995 it"], "in 1994-1995 it"),
+    (["it is -", "so"], "it is - so")])
 def test_hyphens_go_only_where_the_whole_word_is_known(lines, text):
     assert paragraphs(lines, 12, Counter({"jurisdiction": 1, "passthrough": 1, "pass-through": 1})) == [text]
 
@@ -54,8 +56,10 @@ Sales [F1]..... $  15    $  14
 
 
 @pytest.mark.parametrize("line, columns", [
-    ("Sales        15", True), ("Sales.......15", True), ("Sales . . . . . 15", True), ("Sales  15", False), ("(a)      words", False),
-    ("ITEM 5.     Other Events", False), ("By:      /s/ Doe", True), ("    indented", False), ("the  terms   of  this  old   agreement", False),
+    ("Sales        15", True), ("Sales.......15", True), ("Sales . . . . . 15", True), ("Sales  15", False),
+        ("(a)      words", False),
+    ("ITEM 5.     Other Events", False), ("By:      /s/ Doe", True), ("    indented", False),
+    ("the  terms   of  this  old   agreement", False),
     ("Costs of the sales  of  it   15   14   13", True)])
 def test_columns_are_known_by_their_gaps(line, columns): assert columned([line]) == [columns]
 
@@ -79,12 +83,14 @@ def test_page_furniture_goes_and_the_text_flows_over_it():
     page = "                    {0}\n<PAGE>   {1}\nACME CORP Annual Report\n\n"
     text, furniture = plain_markdown("and what is to be\n\n" + "".join(f"{page.format(n, n + 1)}words of the year {1990 + n} that go\n\n" for n in range(1, 6)))
     assert text == "and what is to be " + " ".join(f"words of the year {1990 + n} that go" for n in range(1, 6))
-    assert Counter(furniture) == Counter(["1", "2", "2", "3", "3", "4", "4", "5", "5", "6"] + ["ACME CORP Annual Report"] * 5)
+    assert Counter(furniture) == Counter(["1", "2", "2", "3", "3", "4", "4", "5", "5",
+        "6"] + ["ACME CORP Annual Report"] * 5)
 
 
 @pytest.mark.parametrize("number", ["2", "- 2 -", "-2-", "ii", "-ii-", "Page 2 of 10", "PAGE 2", "F-2"])
 def test_page_numbers_go_only_at_the_end_of_a_page(number):
-    assert plain_markdown(f"Some words.\n\n{number}\n<PAGE>\n\nAnd more.") == ("Some words.\n\nAnd more.", [number])
+    assert plain_markdown(f"Some words.\n\n{number}\n<PAGE>\n\nAnd more.") == ("Some words.\n\nAnd more.",
+        [number])
     assert number in markdown(f"Some words.\n\n{number}\n\nAnd more.")
     assert plain_markdown(f"Some words.\n\n{number}\n\fAnd more.") == ("Some words.\n\nAnd more.", [number])
 
@@ -95,17 +101,20 @@ def test_tables_go_on_over_pages():
 
 
 def test_labels_in_tags_entities_and_stray_bytes():
-    assert markdown("<TABLE> <S> <C>\n<CASH>                     53,000\n</TABLE>").split() == ["```", "CASH", "53,000", "```"]
+    assert markdown("<TABLE> <S> <C>\n<CASH>                     53,000\n</TABLE>").split() == ["```", "CASH",
+        "53,000", "```"]
     assert printed("AT&amp;T &#150; R&D&reg; &bogus;\x00\x1a") == "AT&T – R&D® &bogus;"
     assert printed("- - ----\n- -5\n-6") == "----\n-5\n-6" and printed("a\r\nb\rc\td") == "a\nb\nc       d"
 
 
 words = st.text("abcDEF.,-($)%", min_size=1, max_size=9)
-number = st.one_of(st.integers(0, 10**7).map("{:,}".format), st.decimals(0, 99, places=2).map(str), st.integers(0, 99).map("({})".format))
+number = st.one_of(st.integers(0, 10**7).map("{:,}".format), st.decimals(0, 99, places=2).map(str),
+    st.integers(0, 99).map("({})".format))
 cells = st.lists(st.one_of(words, number), min_size=1, max_size=9)
 gaps = st.sampled_from([" ", " ", "  ", "   ", "      ", " ..... ", "\t"])
 line = st.tuples(st.integers(0, 40), cells, gaps).map(lambda x: " " * x[0] + x[2].join(x[1]))
-special = st.sampled_from(["", "", "<PAGE>", "<PAGE>   7", "   7", "<TABLE>", "</TABLE>", "<S>   <C>", "<CAPTION>", "-----", "- -----", "\f", "ITEM 5.  Events", "(a)  x 5"])
+special = st.sampled_from(["", "", "<PAGE>", "<PAGE>   7", "   7", "<TABLE>", "</TABLE>", "<S>   <C>",
+    "<CAPTION>", "-----", "- -----", "\f", "ITEM 5.  Events", "(a)  x 5"])
 
 
 @given(st.lists(st.one_of(line, special), max_size=40), st.sampled_from(["\n", "\r\n", "\r"]))
@@ -132,8 +141,10 @@ def test_no_figure_of_real_typed_filings_is_lost_or_made_up(dev_data):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("piece", [" ", "a", "a   ", "-", "- ", "<", "&", "<PAGE>", "<PAGE>\n2\n", "x\n<PAGE>\n", "I\n<PAGE>\na\n", "a   5\n<PAGE>\n", "<TABLE>", ".",
-                                   " .", "\n", "a-\n", "a\n", "\t", "\f", "   1", " 1,", "(a) \n", "a   b\n\n", "A\n\n", "<A>\n", "- - ", "``` ", "</A>  \n"])
+@pytest.mark.parametrize("piece", [" ", "a", "a   ", "-", "- ", "<", "&", "<PAGE>", "<PAGE>\n2\n",
+    "x\n<PAGE>\n", "I\n<PAGE>\na\n", "a   5\n<PAGE>\n", "<TABLE>", ".",
+                                   " .", "\n", "a-\n", "a\n", "\t", "\f", "   1", " 1,", "(a) \n",
+                                   "a   b\n\n", "A\n\n", "<A>\n", "- - ", "``` ", "</A>  \n"])
 def test_hostile_repetition_is_read_in_linear_time(piece):
     def seconds(n):
         start = time.perf_counter()

@@ -60,10 +60,12 @@ TAGGED = {"plain": "<DOCUMENT>\n<TYPE>{0}\n<SEQUENCE>1\n<FILENAME>a.txt\n<DESCRI
 
 def found(data):
     "Types and texts of the documents in a submission."
-    return [(p.head.get("type"), p.body().decode().strip()) if isinstance(p, Part) else p for _, p in submission(data)]
+    return [(p.head.get("type"), p.body().decode().strip()) if isinstance(p, Part) else p for _,
+        p in submission(data)]
 
 
-@pytest.mark.parametrize("text", [COLONS, TAGS, TAGS.replace("\n", ""), COLONS.replace("[8082]", "[8082"), TAGS.replace("\n", "\r\n")])
+@pytest.mark.parametrize("text", [COLONS, TAGS, TAGS.replace("\n", ""), COLONS.replace("[8082]", "[8082"),
+    TAGS.replace("\n", "\r\n")])
 def test_both_kinds_of_header_say_the_same(text): assert read_header(text) == HEADER
 
 
@@ -75,11 +77,13 @@ def test_headers_are_read_through_every_wrapping(wrapped):
 
 def test_the_company_is_the_issuer_or_subject_not_who_reports():
     party = "\t\tCOMPANY CONFORMED NAME:\t{}\n\t\tCENTRAL INDEX KEY:\t000000000{}\n"
-    head = lambda *roles: "".join(f"{role}:\n\n\tCOMPANY DATA:\n" + party.format(role, i + 1) for i, role in enumerate(roles))
+    head = lambda *roles: "".join(f"{role}:\n\n\tCOMPANY DATA:\n" + party.format(role, i + 1) for i,
+        role in enumerate(roles))
     cik = lambda *roles: read_header(head(*roles))["cik"]
     assert cik("REPORTING-OWNER", "ISSUER") == cik("FILED BY", "SUBJECT COMPANY") == "2"
     assert cik("FILER", "FILER") == cik("ISSUER", "REPORTING-OWNER") == cik("REPORTING-OWNER") == "1"
-    old = head("SUBJECT COMPANY") + "<REPORTING-OWNER>\nCOMPANY DATA:\n" + party.format("DOE", 9) + "</REPORTING-OWNER>\n"
+    old = head("SUBJECT COMPANY") + "<REPORTING-OWNER>\nCOMPANY DATA:\n" + party.format("DOE",
+        9) + "</REPORTING-OWNER>\n"
     assert read_header(old)["cik"] == "1"
 
 
@@ -89,8 +93,10 @@ def test_a_header_without_sense_says_nothing():
     assert "sic" not in read_header("<FILER><CIK>0000000042<ASSIGNED-SIC>")
 
 
-words = st.text(st.characters(codec="ascii", exclude_characters="<>\x00\r"), min_size=1).map(str.strip).filter(bool)
-documents = st.lists(st.tuples(st.sampled_from(sorted(TAGGED)), st.sampled_from(["8-K", "EX-99.1", "10-K/A"]), words), min_size=1, max_size=6)
+words = st.text(st.characters(codec="ascii", exclude_characters="<>\x00\r"),
+    min_size=1).map(str.strip).filter(bool)
+documents = st.lists(st.tuples(st.sampled_from(sorted(TAGGED)), st.sampled_from(["8-K", "EX-99.1", "10-K/A"]),
+    words), min_size=1, max_size=6)
 
 
 @given(documents, st.sampled_from(sorted(WRAPPED)))
@@ -133,7 +139,8 @@ def test_words_between_documents_are_handed_out():
 
 def test_a_document_starts_without_its_tag_after_the_end_of_another():
     two = TAGGED["plain"].format("EX-1", "b")
-    assert found((TAGGED["plain"].format("8-K", "a") + two.removeprefix("<DOCUMENT>") + two).encode()) == [("8-K", "a"), ("EX-1", "b"), ("EX-1", "b")]
+    assert found((TAGGED["plain"].format("8-K",
+        "a") + two.removeprefix("<DOCUMENT>") + two).encode()) == [("8-K", "a"), ("EX-1", "b"), ("EX-1", "b")]
 
 
 def test_several_submissions_in_a_file_have_each_their_header():
@@ -150,12 +157,14 @@ def uu(name, payload):
 @given(st.binary(min_size=1, max_size=400), words, words, st.sampled_from([b"\n", b"\r\n", b"\r"]))
 @settings(deadline=None)
 def test_uuencoded_files_are_cut_out_of_texts(payload, before, after, eol):
-    data = before.encode().replace(b"\n", eol) + eol + uu(b"a file.gif", payload).replace(b"\n", eol) + after.encode().replace(b"\n", eol)
+    data = before.encode().replace(b"\n", eol) + eol + uu(b"a file.gif", payload).replace(b"\n",
+        eol) + after.encode().replace(b"\n", eol)
     text, names = cut_uuencoded(data)
     assert names == ["a file.gif"] and text.split() == (before + " " + after).encode().split()
 
 
-@pytest.mark.parametrize("text", [b"begin 644 days after\nthe closing date of it", b"we begin 644 a.gif\nM" + b"A" * 60, b"begin 644 a.gif",
+@pytest.mark.parametrize("text", [b"begin 644 days after\nthe closing date of it",
+    b"we begin 644 a.gif\nM" + b"A" * 60, b"begin 644 a.gif",
                                   b"begin 644 a.gif\n\nMARCH", b"begin 64 a.gif\nM" + b"A" * 60])
 def test_words_that_only_begin_like_a_file_are_left(text): assert cut_uuencoded(text) == (text, [])
 
@@ -178,7 +187,8 @@ def test_payloads_are_skipped_at_a_hundred_megabytes_a_second():
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("piece", ["<DOCUMENT>", "<DOCUMENT>\n<TYPE>8-K\n<TEXT>\na\n", "</TEXT>", "</DOCUMENT>x", "<TYPE>", "A:", "<", " ", "-----END",
+@pytest.mark.parametrize("piece", ["<DOCUMENT>", "<DOCUMENT>\n<TYPE>8-K\n<TEXT>\na\n", "</TEXT>",
+    "</DOCUMENT>x", "<TYPE>", "A:", "<", " ", "-----END",
                                    "begin 644 a\n", "M\n", "FILER:\n"])
 def test_hostile_repetition_is_read_in_linear_time(piece):
     def seconds(n):

@@ -61,7 +61,7 @@ def leaves(el: etree._Element, path: Path) -> Iterator[tuple[Path, str]]:
         for kid in el.iterchildren(etree.Element): yield from leaves(kid, (*path, label(kid.tag)))
     elif said := value(el): yield path, said
 
-# %% ../../nbs/09_forms.ipynb #2bf5ba74
+# %% ../../nbs/09_forms.ipynb #50bc2879
 MOST_COLUMNS = 60
 
 def _names(paths: list[Path]) -> list[str]:
@@ -79,7 +79,8 @@ def records(rows: list[etree._Element]) -> str:
     paths = list(dict.fromkeys(path for row in found for path in row))
     if len(paths) > MOST_COLUMNS:
         return "\n\n".join("\n".join(f"{' '.join(k)}: {v}" for k, v in row.items()) for row in found)
-    return table_markdown([_names(paths), *([row.get(p, "") for p in paths] for row in found)]) if paths else ""
+    rows_of = [[row.get(path, "") for path in paths] for row in found]
+    return table_markdown([_names(paths), *rows_of]) if paths else ""
 
 # %% ../../nbs/09_forms.ipynb #7a3a7783
 def _sections(el: etree._Element, level: int) -> Iterator[str]:
@@ -98,7 +99,7 @@ def form_markdown(root: etree._Element) -> str:
     "Markdown of any form: headings, `label: value` lines and tables."
     return "\n\n".join(filter(None, [f"# {label(root.tag)}", *_sections(root, 2)]))
 
-# %% ../../nbs/09_forms.ipynb #7fc1229a
+# %% ../../nbs/09_forms.ipynb #1ca46053
 TITLES = {"3": "initial statement of beneficial ownership of securities",
           "4": "statement of changes in beneficial ownership of securities",
           "5": "annual statement of changes in beneficial ownership of securities"}
@@ -108,7 +109,8 @@ TRANSACTIONS = {"P": "purchase", "S": "sale", "V": "reported voluntarily early",
                 "C": "conversion of a derivative", "E": "expiration of a short derivative position",
                 "H": "expiration or cancellation of a long derivative position",
                 "O": "exercise of an out-of-the-money derivative",
-                "X": "exercise of an in-the-money derivative", "G": "gift", "L": "small acquisition", "W": "acquisition or disposition by will or descent",
+                "X": "exercise of an in-the-money derivative", "G": "gift", "L": "small acquisition",
+                "W": "acquisition or disposition by will or descent",
                 "Z": "deposit into or withdrawal from a voting trust", "J": "other", "K": "equity swap",
                 "U": "tender of shares in a change of control"}
 MEANINGS = {"transactionCode": TRANSACTIONS, "transactionTimeliness": {"E": "early", "L": "late"},
@@ -146,8 +148,9 @@ def _holdings(table: etree._Element | None) -> str:
     names = list(dict.fromkeys(name for row in found for name in row))
     return table_markdown([names, *([row.get(name, "") for name in names] for row in found)]) if names else ""
 
-# %% ../../nbs/09_forms.ipynb #db90c5f0
-_roles = dict(isDirector="director", isOfficer="officer", isTenPercentOwner="ten percent owner", isOther="other")
+# %% ../../nbs/09_forms.ipynb #7bcc5cfa
+_roles = {"isDirector": "director", "isOfficer": "officer", "isTenPercentOwner": "ten percent owner",
+          "isOther": "other"}
 
 def _owner(owner: etree._Element) -> list[str]:
     "Who a reporting owner is, and what to the issuer."
@@ -161,21 +164,23 @@ def _owner(owner: etree._Element) -> list[str]:
     told = ", ".join(filter(None, [*who, cik and f"CIK {cik}", *where]))
     return [f"Reporting owner: {told}", *([f"Relationship to the issuer: {', '.join(what)}"] if what else [])]
 
+# %% ../../nbs/09_forms.ipynb #97d567b2
+PLAN = "Made under a pre-arranged trading plan"
+
 def _particulars(root: etree._Element) -> Iterator[str]:
     "Lines on the issuer, the owners and whatever else an ownership form says of itself."
     for el in root.iterchildren(etree.Element):
         said = value(el)
         if el.tag == "issuer":
             symbol, cik = value(el, "issuerTradingSymbol"), value(el, "issuerCik")
-            yield f"Issuer: {value(el, 'issuerName')}{f' ({symbol})' * bool(symbol)}{f', CIK {cik}' * bool(cik)}"
+            more = f" ({symbol})" * bool(symbol) + f", CIK {cik}" * bool(cik)
+            yield f"Issuer: {value(el, 'issuerName')}{more}"
         elif el.tag == "reportingOwner": yield from _owner(el)
         elif len(el) or not said or el.tag in ("documentType", "schemaVersion", "remarks"): continue
         elif said.lower() not in FLAGS: yield f"{label(el.tag)}: {said}"
         elif _yes(el): yield f"{PLAN if el.tag == 'aff10b5One' else label(el.tag)}: yes"
 
-PLAN = "Made under a pre-arranged trading plan"
-
-# %% ../../nbs/09_forms.ipynb #5f683173
+# %% ../../nbs/09_forms.ipynb #743b2b76
 def ownership_markdown(root: etree._Element) -> str:
     "Markdown of an ownership document (forms 3, 4, 5): every value in it but schema version and unset flags."
     form = value(root, "documentType")
@@ -183,7 +188,8 @@ def ownership_markdown(root: etree._Element) -> str:
     notes = [f"[{note.get('id', '')}] {value(note)}" for note in root.iterfind("footnotes/footnote")]
     signed = [", ".join(filter(None, map(value, el))) for el in root.iterfind("ownerSignature")]
     parts = {"Non-derivative securities": _holdings(root.find("nonDerivativeTable")),
-             "Derivative securities": _holdings(root.find("derivativeTable")), "Footnotes": "\n\n".join(notes),
-             "Remarks": value(root, "remarks"), "Signatures": "\n".join(signed)}
+             "Derivative securities": _holdings(root.find("derivativeTable")),
+             "Footnotes": "\n\n".join(notes), "Remarks": value(root, "remarks"),
+             "Signatures": "\n".join(signed)}
     told = [f"## {name}\n\n{said}" for name, said in parts.items() if said]
     return "\n\n".join([title, "\n".join(_particulars(root)), *told])

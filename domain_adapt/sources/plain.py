@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from .markdown import Line, furniture, line_markdown
 
-# %% ../../nbs/09_plain.ipynb #9369827a
+# %% ../../nbs/09_plain.ipynb #2c5b26b1
 _layout = re.compile(r"</?(?:CAPTION|S|C|FN)>", re.I)
 _footnote = re.compile(r"<(F\d{1,3})>", re.I)
 _label = re.compile(r"^( *+)<([A-Z][A-Z0-9&-]*+)>", re.M)
@@ -20,7 +20,7 @@ _closing = re.compile(r"^ *+</[A-Z][A-Z0-9&-]*+> *+$", re.M)
 _entity = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]{2,8});")
 _escaped = re.compile(r"^(?:- )+(?=-)", re.M)
 _edge = re.compile(r"<PAGE>|</?TABLE>", re.I)
-_unprinted = str.maketrans(dict.fromkeys([*range(9), 11, *range(14, 32), 127, 0xad, 0xfeff, 0x200b]) | {0xa0: " "})
+_unprinted = dict.fromkeys([*range(9), 11, *range(14, 32), 127, 0xad, 0xfeff, 0x200b]) | {0xa0: " "}
 
 def printed(text: str) -> str:
     """The text with tabs expanded and entities decoded. Of its tags `<page>` and `<table>` are left; columns
@@ -31,9 +31,9 @@ def printed(text: str) -> str:
     text = _label.sub(r"\1 \2 ", _closing.sub("", _footnote.sub(r"[\1]", text)))
     return _entity.sub(lambda m: html.unescape(m[0]), text)
 
-# %% ../../nbs/09_plain.ipynb #ceafc2aa
+# %% ../../nbs/09_plain.ipynb #f3bcb70d
 _numbered = r"\(?(?:\d{1,2}|[A-Z]|[ivx]{1,5})[.)]|\d{1,3}(?:\.\d{1,3}){0,4}\.?|\w{1,3}\(\w{1,3}\)"
-_mark = re.compile(rf"(?:(?:item|section|article|exhibit)\s+)?(?:{_numbered}|\[[ x]?\]|[-*•·o]{{1,2}}|\([ x]?\))"
+_mark = re.compile(rf"(?:(?:item|section|article|exhibit)\s+)?(?:{_numbered}|[\[(][ x]?[\])]|[-*•·o]{{1,2}})"
                    r"(?:\s*--?)?\s+", re.I)
 _gap = re.compile(r"\S {3,}+(?=\S)|\.{5,}+|(?: \.){4,}+")
 _rule = re.compile(r"[\s\-=_*~.|+#]{3,}")
@@ -50,7 +50,7 @@ def _justified(bare: str) -> bool:
     figures = len(re.findall(r" {2,}+[$(]{0,2}\d[\d,.]*+[)%]*+(?= |$)", bare))
     return len(re.findall(r"(?<![^ (\"])[a-z]{2,}", bare)) >= max(3, 3 * figures)
 
-# %% ../../nbs/09_plain.ipynb #1f192fdd
+# %% ../../nbs/09_plain.ipynb #4cc0bd23
 def _indent(line: str) -> int: return len(line) - len(line.lstrip())
 
 def _hangs(line: str, gap: int, below: str) -> bool:
@@ -64,8 +64,8 @@ def columned(lines: list[str]) -> list[bool]:
     for line, below in zip(lines, [*lines[1:], ""]):
         bare = line.lstrip()
         gap = _find_gap(bare) and _find_gap(bare, m.end() if (m := _mark.match(bare)) else 0)
-        prose = gap and (_justified(bare) or "." not in gap[0] and _hangs(line, _indent(line) + gap.end(), below))
-        out.append(bool(gap) and not prose)
+        hangs = gap and "." not in gap[0] and _hangs(line, _indent(line) + gap.end(), below)
+        out.append(bool(gap) and not hangs and not _justified(bare))
     return out
 
 # %% ../../nbs/09_plain.ipynb #45891b82
@@ -79,7 +79,7 @@ def _soft(line: str, after: str, width: int) -> bool:
     if marked: return full and not re.search(r"[.;:,]$|\b(?:and|or)$", line[-4:])
     return line.rsplit(None, 1)[-1] in _goes_on or full and max(_indent(line), _indent(after)) < 0.35 * width
 
-# %% ../../nbs/09_plain.ipynb #1a7e3aec
+# %% ../../nbs/09_plain.ipynb #1495ddc6
 _hyphen = re.compile(r"(?<!\S)\W*([\w.]+)-$")
 _bullet = re.compile(r"^(?:o|--?|[•·]) (?=[A-Za-z])")
 
@@ -96,6 +96,7 @@ def _joined(lines: list[str], words: Counter) -> str:
         out += ["" if right else " ", line]
     return _bullet.sub("- ", "".join(out[1:]))
 
+# %% ../../nbs/09_plain.ipynb #4ecc370e
 def paragraphs(lines: list[str], width: int, words: Counter) -> list[str]:
     "The paragraphs in lines without columns; short lines in a row stay lines of one paragraph."
     runs: list[list[str]] = [[lines[0]]]
@@ -109,14 +110,14 @@ def paragraphs(lines: list[str], width: int, words: Counter) -> list[str]:
         else: out.append([text])
     return ["\n".join(x) for x in out]
 
-# %% ../../nbs/09_plain.ipynb #09aa2961
+# %% ../../nbs/09_plain.ipynb #05e8d62f
 _underline = re.compile(r"^( *+)[-_=]{4,}+ +(?=[A-Za-z(\"'$\d])")
 
 def _without_underlines(lines: list[str]) -> list[str]:
     "The lines without dashes that only underline words above them and stand before words."
     plain = lambda x: not _find_gap(x.lstrip()) and not _rule.fullmatch(x)
-    bare = [_underline.sub(r"\1", x) for x in lines]
-    return [new if plain(above) and plain(new) else old for above, old, new in zip(["---", *lines], lines, bare)]
+    pairs = [(above, line, _underline.sub(r"\1", line)) for above, line in zip(["---", *lines], lines)]
+    return [new if plain(above) and plain(new) else line for above, line, new in pairs]
 
 def _table(lines: list[str]) -> Line:
     "Lines as printed, without what all are indented by; an empty row ends them."
@@ -173,7 +174,7 @@ def _width(text: str) -> int:
     long = sorted(len(x) for x in lines if len(x) >= 40 and not _find_gap(x.lstrip()))
     return min(long[int(0.9 * len(long))], 100) if long else 80
 
-# %% ../../nbs/09_plain.ipynb #a66874ef
+# %% ../../nbs/09_plain.ipynb #a38226a5
 def _found(text: str, words: Counter) -> tuple[list[Line], list[str]]:
     "The lines, tables and page breaks of a printed text, and the numbers behind the tags of its pages."
     out, numbers, table, width = [], [], False, _width(text)
@@ -184,7 +185,8 @@ def _found(text: str, words: Counter) -> tuple[list[Line], list[str]]:
         elif n % 2: table = piece == "<table>"
         else:
             lines = [x.rstrip() for x in piece.split("\n")]
-            out += _tabled(lines) if table else (x for run in _blocks(lines) for x in block(run, width, words))
+            prose = (x for run in _blocks(lines) for x in block(run, width, words))
+            out += _tabled(lines) if table else prose
     return out, numbers
 
 # %% ../../nbs/09_plain.ipynb #55b06704

@@ -46,12 +46,12 @@ def said_by(dei: dict[str, str], text: str) -> dict[str, str]:
                 cik=dei.get("EntityCentralIndexKey", "").lstrip("0"),
                 period=iso_date(dei.get("DocumentPeriodEndDate", "")))
 
-# %% ../../nbs/10_sec.ipynb #1d9f8c06
+# %% ../../nbs/10_sec.ipynb #54d37b5a
 FIELDS = ("cik", "company", "form", "filed", "period", "sic", "accession")
 
 def about(name: str, header: dict[str, str], said: dict[str, str], head: dict[str, str]) -> dict[str, str]:
-    """Metadata of a document: what the submission's `header` gives, else what it has `said` of itself, else the file
-    `name`; its own type, file name and description come from its `head`. Empty where unknown."""
+    """Metadata of a document: what the submission's `header` gives, else what it has `said` of itself, else
+    the file `name`; its own type, file name and description come from its `head`. Empty where unknown."""
     known = {field: header.get(field) or said.get(field, "") for field in FIELDS}
     number = _accession.search(known["accession"]) or _accession.search(name)
     document_type = head.get("type") or said.get("form") or known["form"]
@@ -88,10 +88,10 @@ def _carried(start: bytes) -> str:
     if not block or start[:block.start()].strip(): return ""
     return KINDS.get(_suffix(block[1].decode("cp1252", "replace")), "uuencoded file")
 
-# %% ../../nbs/10_sec.ipynb #e6cddbef
+# %% ../../nbs/10_sec.ipynb #6e7c7e5c
 def kind(name: str, document_type: str, data: bytes) -> str:
-    """What a document is by its file name, type and first bytes: `html`, `xml`, `text`, or in a word why it is
-    none of them, such as PDF."""
+    """What a document is by its file name, type and first bytes: `html`, `xml`, `text`, or in a word why it
+    is none of them, such as PDF."""
     begins = _open.match(data).end()
     start, suffix = data[begins:begins + 20000], _suffix(name)
     of_type = KINDS.get(document_type.lower().split(".")[0])
@@ -126,11 +126,11 @@ def rendered(kind: str, data: bytes) -> tuple[str, dict[str, str]]:
     text = to_markdown(root).text
     return text, said_by(facts(root), text)
 
-# %% ../../nbs/10_sec.ipynb #2d9fe909
+# %% ../../nbs/10_sec.ipynb #f8352195
 def read_document(name: str, data: bytes, header: dict[str, str], head: dict[str, str]) -> Document:
-    """The document `data` of file `name` as Markdown, with metadata title, date, url, cik, company, form, filed,
-    period, sic, accession, document_type (strings, empty where unknown) and, where there are such, file,
-    description and embedded (files cut out of the text); or the reason why it has no text."""
+    """The document `data` of file `name` as Markdown, with metadata title, date, url, cik, company, form,
+    filed, period, sic, accession, document_type (strings, empty where unknown) and, where there are such,
+    file, description and embedded (files cut out of the text); or the reason why it has no text."""
     what, said, more = kind(head.get("filename") or name, head.get("type", ""), data), {}, {}
     if what not in ("html", "xml", "text"): return not_kept(what, "not text", **about(name, header, {}, head))
     data, files = cut_uuencoded(data)
@@ -171,9 +171,9 @@ def _section(number: str, text: str) -> str:
     if len(lines[0]) <= 250: lines[0] = f"## {lines[0]}"
     return "\n\n".join(lines)
 
-# %% ../../nbs/10_sec.ipynb #d413a01d
-_named = dict(cik="cik", company="company", form="filing_type", filed="filing_date", period="period_of_report",
-              sic="sic")
+# %% ../../nbs/10_sec.ipynb #78b5ce48
+_named = dict(cik="cik", company="company", form="filing_type", filed="filing_date",
+              period="period_of_report", sic="sic")
 
 def itemised(name: str, data: bytes) -> Document:
     "A filing given as JSON, an object with its items under `item_<number>`. Raises `Unreadable`."

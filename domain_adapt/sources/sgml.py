@@ -91,7 +91,7 @@ def read_header(header: str) -> dict[str, str]:
     named = [p for p in parties if p[1]]
     return out | (min(named, key=lambda p: p[0])[1] if named else {})
 
-# %% ../../nbs/07_sgml.ipynb #a57baf12
+# %% ../../nbs/07_sgml.ipynb #dc1e1bee
 _envelope = re.compile(rb"<(?:SEC|IMS)-(?:DOCUMENT|HEADER)>|<SUBMISSION>", re.I)
 _number = re.compile(rb"<ACCESSION-NUMBER>|^ACCESSION NUMBER:", re.I | re.M)
 _footer = re.compile(rb"(?:\s|</(?:SEC-DOCUMENT|IMS-DOCUMENT|SUBMISSION)>|-----END[^\r\n]*+)*+"
@@ -103,8 +103,8 @@ def is_submission(data: bytes) -> bool:
     return bool(_start.search(data) or _envelope.search(data, 0, 4096))
 
 def submission(data: bytes) -> Iterator[tuple[dict[str, str], Part | str]]:
-    """The documents of full submissions in their order, each with what `read_header` gives for it; in place of
-    a document, words that stand in none."""
+    """The documents of full submissions in their order, each with what `read_header` gives for it; and in
+    their place among them, words that stand in no document."""
     starts, over = list(_start.finditer(data)), _footer.search(data, max(0, len(data) - 1000)).start()
     header, at, words = {}, 0, lambda x: _outside.sub(b" ", x).strip().decode("cp1252", "replace")
     for n, start in enumerate(starts):
