@@ -188,7 +188,7 @@ def itemised(name: str, data: bytes) -> Document:
     text = "\n\n".join(_section(*x) for x in items.items() if _ruled.sub("", x[1]).strip())
     return record(text, **known) if text else not_kept("no text", **known)
 
-# %% ../../nbs/10_sec.ipynb #5a985e31
+# %% ../../nbs/10_sec.ipynb #d26cb614
 SUFFIXES = (".html", ".htm", ".xhtml", ".txt", ".nc", ".sgml", ".xml", ".json")
 
 def documents(path: str | Path) -> Iterator[Document]:
@@ -199,6 +199,6 @@ def documents(path: str | Path) -> Iterator[Document]:
             continue
         data, name = file.read(), Path(name).name
         if not data.strip(): yield not_kept("empty file", title=name)
-        elif is_submission(data): yield from submitted(name, data)
         elif Path(name).suffix.lower() == ".json": yield itemised(name, data)
+        elif is_submission(data): yield from submitted(name, data)
         else: yield read_document(name, data, {}, {})
