@@ -79,6 +79,13 @@ def test_headings():
     assert markdown(text) == f"# PART I\n\n## ITEM 5. Other Events\n\n{JOINED}\n\n### RISK FACTORS\n\n{JOINED}\n\nERNST & YOUNG\n\nNew York"
 
 
+@pytest.mark.parametrize("line, heading", [("Item 5. Other Events", True), ("ITEM 7A", True), ("Item 2.02 Results", True),
+    ("Part II", True), ("PART I - FINANCIAL INFORMATION", True), ("Item 3 of the report says so.", False),
+    ("Part II is incorporated by reference.", False), ("Items of note", False), ("In part I", False)])
+def test_only_what_names_a_part_or_item_is_its_heading(line, heading):
+    assert markdown(line).startswith("#") == heading
+
+
 def test_page_furniture_goes_and_the_text_flows_over_it():
     page = "                    {0}\n<PAGE>   {1}\nACME CORP Annual Report\n\n"
     text, furniture = plain_markdown("and what is to be\n\n" + "".join(f"{page.format(n, n + 1)}words of the year {1990 + n} that go\n\n" for n in range(1, 6)))

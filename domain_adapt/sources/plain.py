@@ -110,7 +110,7 @@ def paragraphs(lines: list[str], width: int, words: Counter) -> list[str]:
         else: out.append([text])
     return ["\n".join(x) for x in out]
 
-# %% ../../nbs/09_plain.ipynb #05e8d62f
+# %% ../../nbs/09_plain.ipynb #fc3936c8
 _underline = re.compile(r"^( *+)[-_=]{4,}+ +(?=[A-Za-z(\"'$\d])")
 
 def _without_underlines(lines: list[str]) -> list[str]:
@@ -124,12 +124,14 @@ def _table(lines: list[str]) -> Line:
     shift = min((_indent(x) for x in lines if x), default=0)
     return Line(rows=[[x[shift:]] for x in lines] + [[""]])
 
+_named = re.compile(r"(?:part\s+[iv]+|item\s+\d+[a-c]?(?:\.\d+)?)"
+                    r"(?:\s*[.:(–—-]|\s*$|\s+(?-i:[A-Z]))", re.I)
+
 def _heading(lines: list[str], text: str) -> bool:
     "Whether a block is set like a heading: a part or item, underlined, or in capitals."
     if len(text) > 150 or not re.search(r"[^\W\d_]{2}", text): return False
     if len(lines) > 1 and _rule.fullmatch(lines[-1]) and not _rule.fullmatch(lines[0]): return True
-    named = re.match(r"(?:part\s+[iv]+|item\s+\d+[a-c]?)\b", text, re.I)
-    return bool(named) or text.isupper() and text[-1] not in ",;:"
+    return bool(_named.match(text)) or text.isupper() and text[-1] not in ",;:"
 
 # %% ../../nbs/09_plain.ipynb #e65c5cf1
 def _runs(lines: list[str], width: int) -> Iterator[tuple[bool, list[str]]]:
