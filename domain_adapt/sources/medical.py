@@ -53,7 +53,7 @@ def url_of(doi: str, pmcid: str, pmid: str) -> str:
     if pmcid: return f"https://www.ncbi.nlm.nih.gov/pmc/articles/{pmcid}/"
     return f"https://pubmed.ncbi.nlm.nih.gov/{pmid}/" if pmid else ""
 
-# %% ../../nbs/12_medical.ipynb #bc695994
+# %% ../../nbs/12_medical.ipynb #c8c8bfd8
 def _words(el: etree._Element | None) -> str:
     "What an element says, on one line."
     return cell_text(el, JATS) if el is not None else ""
@@ -64,13 +64,13 @@ def _day(el: etree._Element) -> str:
     return date_of(of("year") or of("Year") or of("MedlineDate"), of("month") or of("Month"), of("day") or of("Day"))
 
 def _licence(meta: etree._Element) -> str:
-    "The licence as its address, else its type, else its words."
+    "The licence as its address, else its type, else what it or the copyright statement says."
     for el in meta.iterfind("{*}permissions/{*}license"):
         for x in el.iter("{*}license_ref", "{*}license", "{*}ext-link"):
             href = next((v for k, v in x.attrib.items() if k.endswith("href")), "") or (x.text or "").strip()
             if href.startswith("http"): return href
-        return el.get("license-type") or _words(el)[:200]
-    return ""
+        return el.get("license-type") or _words(el)[:300]
+    return _words(meta.find("{*}permissions/{*}copyright-statement"))[:300]
 
 def _about_article(root: etree._Element, meta: etree._Element, name: str) -> dict[str, str]:
     "Metadata of a JATS article in file `name`."
@@ -103,7 +103,7 @@ def read_article(root: etree._Element, name: str = "") -> Document:
     if not text: return not_kept("no text", "not text", title=title, **about)
     return record(markdown([f"# {title}"] * bool(title) + text), title, **about)
 
-# %% ../../nbs/12_medical.ipynb #25a0e80c
+# %% ../../nbs/12_medical.ipynb #1417b9b5
 def _subjects(citation: etree._Element) -> str:
     "The MeSH headings and keywords of a citation."
     found = citation.iterfind("MeshHeadingList/MeshHeading/DescriptorName"), citation.iterfind("KeywordList/Keyword")
@@ -126,7 +126,8 @@ def read_citation(root: etree._Element) -> Document:
                  journal=_words(article.find("Journal/Title")), licence="", article_type=types, subjects=_subjects(citation))
     text = []
     for el in article.iterfind("Abstract/AbstractText"):
-        if found := blocks(el, JATS): text += [f"### {el.get('Label').capitalize()}"] * bool(el.get("Label")) + found
+        label = el.get("Label", "").capitalize()
+        if found := blocks(el, JATS): text += [f"### {label}"] * bool(label) + found
     if not text: return not_kept("no abstract", "not text", title=title, **about)
     return record(markdown([f"# {title}"] * bool(title) + ["## Abstract"] + text), title, **about)
 
