@@ -36,7 +36,7 @@ def patent(about: Mapping[str, str], **parts: str) -> Document:
     if not spans: return not_kept("no text", "not text", **about)
     return record(text, **about, parts=json.dumps(spans))
 
-# %% ../../nbs/13_patents.ipynb #289242a2
+# %% ../../nbs/13_patents.ipynb #5df0ca7b
 TYPES = {"S": "design", "P": "plant", "E": "reissue", "H": "statutory invention registration"}
 
 def iso_date(digits: str) -> str:
@@ -61,7 +61,7 @@ def about_patent(title: str, number: str, kind: str, date: str, application: str
     "The metadata of a patent, from what its file prints."
     number, joined = number_of(number), lambda names: "; ".join(dict.fromkeys(filter(None, names)))
     if not number: raise Unreadable("a patent without its number")
-    return dict(title=title, date=iso_date(date), url=f"https://patents.google.com/patent/US{number}{kind}/en",
+    return dict(title=title, date=iso_date(date), url=f"https://patents.google.com/patent/US{number}{kind}",
                 number=number, kind_code=kind, application=application.strip(), filed=iso_date(filed),
                 assignee=joined(assignee), inventors=joined(inventors), classification=class_of(classification),
                 patent_type=patent_type)
@@ -137,7 +137,7 @@ def read_application(root: etree._Element) -> Document:
         TYPES.get(of("document-id/kind-code")[:1], "utility"))
     return patent(about, **_parts(root, "subdoc-abstract", "subdoc-description", "subdoc-claims/claim"))
 
-# %% ../../nbs/13_patents.ipynb #55ac78ef
+# %% ../../nbs/13_patents.ipynb #84d239e4
 def read_patdoc(root: etree._Element) -> Document:
     "A grant in ST.32 (version 2), 2001 to 2004."
     bib = root.find("SDOBI")
@@ -147,7 +147,8 @@ def read_patdoc(root: etree._Element) -> Document:
     name = lambda el: _text(el.find("NAM/ONM")) or " ".join(filter(None, (_text(el.find(f"NAM/{x}")) for x in ("FNM", "SNM"))))
     about = about_patent(of("B500/B540"), of("B100/B110"), kind, of("B100/B140"), of("B200/B210"), of("B200/B220"),
                          [name(el) for el in bib.iterfind("B700/B730/B731/*")],
-                         [name(el) for el in bib.iterfind("B700/B720/B721/*")], of("B500/B510/B511"),
+                         [name(el) for el in bib.iterfind("B700/B720/B721/*")],
+                         "".join(el.itertext()) if (el := bib.find("B500/B510/B511")) is not None else "",
                          TYPES.get(kind[:1], "utility"))
     return patent(about, **_parts(root, "SDOAB", "SDODE", "SDOCL//CLM"))
 
@@ -168,7 +169,7 @@ def xml_patents(file: BinaryIO) -> Iterator[Document]:
             except Unreadable as e: yield not_kept(str(e))
     if not root: yield not_kept("no patent in it")
 
-# %% ../../nbs/13_patents.ipynb #8d6860bb
+# %% ../../nbs/13_patents.ipynb #f0f0f8a7
 _letters = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi psi omega"
 SIGNS = {
     **dict(zip(_letters.split(), "αβγδεζηθικλμνξοπρστυφχψω")),
@@ -185,7 +186,7 @@ def signs(text: str) -> str:
     def sign(m: re.Match) -> str:
         if m[1] == "sup": return "^"
         if m[1] != "sub": return SIGNS[m[1]]
-        return "" if re.match(r"\d", text[m.end():m.end() + 1]) and re.search(r"[^\W\d_]|[)\]]", text[m.start() - 1:m.start()]) else "_"
+        return "" if re.match(r"\d", text[m.end():m.end() + 1]) and re.search(r"[^\W\d_]|[)\]']", text[m.start() - 1:m.start()]) else "_"
     text = _image.sub(" ", text)
     return _sign.sub(sign, text)
 

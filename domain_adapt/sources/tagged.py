@@ -17,7 +17,7 @@ from lxml import etree
 from .markdown import Cell, table_markdown, table_rows
 from .reading import Unreadable, decode
 
-# %% ../../nbs/09_tagged.ipynb #5a6e8fab
+# %% ../../nbs/09_tagged.ipynb #400ad985
 LARGEST = 100_000_000
 _block, _tag = 1 << 20, 100
 
@@ -29,8 +29,8 @@ def split(file: BinaryIO, roots: tuple[str, ...], apart: tuple[str, ...] = ()) -
     held, root, at, over, block = bytearray(), "", 0, False, b" "
     while block:
         held += (block := file.read(_block))
-        safe = len(held) - _tag if block else len(held)
-        while (m := mark.search(held, at)) and m.start() < safe:
+        unsure = _tag if block else 0
+        while (m := mark.search(held, at)) and m.start() < len(held) - unsure:
             start, at, name = m.start(), m.end(), (m[2] or b"").decode()
             if m[1] and name == (root or name):
                 end = held.find(b">", at) + 1 or len(held)
@@ -41,7 +41,7 @@ def split(file: BinaryIO, roots: tuple[str, ...], apart: tuple[str, ...] = ()) -
                 if root: yield root, bytes(held[:start]), f"breaks off before </{root}>"
                 root, at, over = name, at - start, False
                 del held[:start]
-        at = max(at, safe)
+        at = max(at, len(held) - unsure)
         over = over or len(held) > LARGEST
         if over or not root:
             del held[:at]
@@ -101,17 +101,18 @@ def parse(data: bytes) -> etree._Element:
         try: return mended(text)
         except (Unreadable, etree.XMLSyntaxError): raise Unreadable(f"not XML: {e.msg}") from None
 
-# %% ../../nbs/09_tagged.ipynb #d958859e
+# %% ../../nbs/09_tagged.ipynb #6c8a59c3
 @lru_cache(maxsize=1 << 12)
 def local(tag: str) -> str:
     "The name of a tag in lower case, without its namespace."
     return re.split(r"[}:]", tag)[-1].lower()
 
 _ordinal = re.compile(r"st|nd|rd|th")
+_term = re.compile(r"\s|[^\W\d][-+−*/=]\w|\w[-+−*/=][^\W\d]")
 
 def apart(left: str, right: str) -> bool:
     "Whether two pieces of text would make one figure of two."
-    return bool(re.search(r"[\d.,]$", left) and re.match(r"\d|[.,]\d", right))
+    return (left[-1:].isdecimal() or left[-1:] in (".", ",")) and bool(re.match(r"\d|[.,]\d", right))
 
 def script(left: str, kind: str, text: str) -> str:
     "What a superscript (`sup`) or subscript (`sub`) adds to the text `left` of it."
@@ -120,9 +121,9 @@ def script(left: str, kind: str, text: str) -> str:
     if not inner: return before
     plain = inner in (",", ";", "–") or (
         _ordinal.fullmatch(inner) and left[-1:].isdigit() if kind == "sup" else
-        inner.isdigit() and re.search(r"[^\W\d_]$|[)\]]$", left))
+        inner.isdigit() and (left[-1:].isalpha() or left[-1:] in tuple(")]'′")))
     sign = "" if plain else "^" if kind == "sup" else "_"
-    return f"{before}{sign}({inner}){after}" if " " in inner else f"{before}{sign}{inner}{after}"
+    return f"{before}{sign}({inner}){after}" if _term.search(inner) else f"{before}{sign}{inner}{after}"
 
 # %% ../../nbs/09_tagged.ipynb #3b43f5e2
 _math = {"msup": "{0}^{1}", "msub": "{0}_{1}", "msubsup": "{0}_{1}^{2}", "mfrac": "{0}/{1}", "msqrt": "√{0}",
@@ -154,7 +155,7 @@ def tex(text: str) -> str:
     text = " ".join((after if inside else text).partition(r"\end{document}")[0].replace("$", " ").split())
     return f"${text}$" if text else ""
 
-# %% ../../nbs/09_tagged.ipynb #773d7fcd
+# %% ../../nbs/09_tagged.ipynb #e052acbb
 def _attribute(el: etree._Element, name: str) -> str:
     "An attribute, also where SGML wrote its name in capitals."
     return el.get(name) or el.get(name.upper()) or ""
@@ -176,26 +177,25 @@ def _cells(group: etree._Element, names: dict[str, int], text: Callable) -> list
         taken, covered = covered, Counter({c: n - 1 for c, n in covered.items() if n > 1})
         cells, at = [], 0
         for el in row.iterchildren(etree.Element):
-            first = names.get(_attribute(el, "namest") or _attribute(el, "colname"), 0)
-            at = max(at, first)
+            given = {name.lower(): value for name, value in el.attrib.items()}
+            at = max(at, names.get(given.get("namest") or given.get("colname", ""), 0))
             while at in taken: at += 1
-            last = names.get(_attribute(el, "nameend"), at + int(_number(_attribute(el, "colspan"), 1)) - 1)
+            last = names.get(given.get("nameend", ""), at + int(_number(given.get("colspan", ""), 1)) - 1)
             end = min(max(last, at) + 1, at + 1000)
-            down = int(_number(_attribute(el, "rowspan"), 1) + _number(_attribute(el, "morerows"), 0))
+            down = int(_number(given.get("rowspan", ""), 1) + _number(given.get("morerows", ""), 0))
             if down > 1: covered.update(dict.fromkeys(range(at, end), down - 1))
             cells.append(Cell(at, end, text(el)))
             at = end
         out.append(cells)
     return out
 
-# %% ../../nbs/09_tagged.ipynb #1dd80563
+# %% ../../nbs/09_tagged.ipynb #6a820959
 def _grids(table: etree._Element, text: Callable) -> Iterator[tuple[list[float], list[list[Cell]]]]:
     "Edges of the columns and rows of each grid of a table."
     groups = [g for g in table.iterchildren(etree.Element) if local(g.tag) == "tgroup"]
     for group in groups or [table]:
         specs = [c for c in group.iterchildren(etree.Element) if local(c.tag) == "colspec"]
-        names = {_attribute(c, "colname"): n for n, c in enumerate(specs)}
-        names.pop("", None)
+        names = {name: n for n, c in enumerate(specs) if (name := _attribute(c, "colname"))}
         edges = [0.0]
         for c in specs: edges.append(edges[-1] + (_number(_attribute(c, "colwidth"), 0) or 1))
         cells = _cells(group, names, text)
