@@ -6,12 +6,12 @@
 __all__ = ['LARGEST', 'CHARACTERS', 'Kinds', 'split', 'named', 'mended', 'parse', 'local', 'apart', 'script', 'math_text', 'tex',
            'table_blocks', 'cell_text', 'blocks', 'markdown']
 
-# %% ../../nbs/09_tagged.ipynb #a3427706
+# %% ../../nbs/09_tagged.ipynb #ba9de9e9
 import html, re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from html.entities import html5
+from itertools import islice
 from typing import BinaryIO
 from lxml import etree
 from .markdown import Cell, table_markdown, table_rows
@@ -125,7 +125,7 @@ def script(left: str, kind: str, text: str) -> str:
     sign = "" if plain else "^" if kind == "sup" else "_"
     return f"{before}{sign}({inner}){after}" if _term.search(inner) else f"{before}{sign}{inner}{after}"
 
-# %% ../../nbs/09_tagged.ipynb #3b43f5e2
+# %% ../../nbs/09_tagged.ipynb #886607af
 _math = {"msup": "{0}^{1}", "msub": "{0}_{1}", "msubsup": "{0}_{1}^{2}", "mfrac": "{0}/{1}", "msqrt": "√{0}",
          "mroot": "{0}^(1/{1})", "munder": "{0}_{1}", "mover": "{0}{1}", "munderover": "{0}_{1}^{2}"}
 
@@ -144,7 +144,7 @@ def math_text(el: etree._Element) -> str:
     if name == "mtable": return "; ".join(inner)
     if name == "mtr": return ", ".join(inner)
     if name == "mfenced": return el.get("open", "(") + ", ".join(inner) + el.get("close", ")")
-    if name == "msqrt": inner = [_glued(inner)]
+    if name == "msqrt" and len(inner) > 1: return f"√({_glued(inner)})"
     if not (form := _math.get(name)) or form.count("{") != len(inner): return _glued(inner)
     if name == "mroot": return f"({inner[0]})^(1/{inner[1]})"
     return form.format(*(x if re.fullmatch(r"\w*", x) or name == "mover" else f"({x})" for x in inner))
@@ -155,7 +155,7 @@ def tex(text: str) -> str:
     text = " ".join((after if inside else text).partition(r"\end{document}")[0].replace("$", " ").split())
     return f"${text}$" if text else ""
 
-# %% ../../nbs/09_tagged.ipynb #e052acbb
+# %% ../../nbs/09_tagged.ipynb #2235daf8
 def _attribute(el: etree._Element, name: str) -> str:
     "An attribute, also where SGML wrote its name in capitals."
     return el.get(name) or el.get(name.upper()) or ""
@@ -170,76 +170,88 @@ def _rows(group: etree._Element) -> Iterator[etree._Element]:
         if local(el.tag) in ("tr", "row"): yield el
         elif local(el.tag) in ("thead", "tbody", "tfoot"): yield from _rows(el)
 
+_widest = 500
+
 def _cells(group: etree._Element, names: dict[str, int], text: Callable) -> list[list[Cell]]:
-    "The cells of each row of one grid by their column numbers."
-    out, covered = [], Counter()
+    "The cells of each row of one grid by their column numbers; beyond the `_widest` no cell spans several."
+    out, covered = [], {}
     for row in _rows(group):
-        taken, covered = covered, Counter({c: n - 1 for c, n in covered.items() if n > 1})
+        taken, covered = covered, {c: n - 1 for c, n in covered.items() if n > 1}
         cells, at = [], 0
         for el in row.iterchildren(etree.Element):
             given = {name.lower(): value for name, value in el.attrib.items()}
             at = max(at, names.get(given.get("namest") or given.get("colname", ""), 0))
             while at in taken: at += 1
             last = names.get(given.get("nameend", ""), at + int(_number(given.get("colspan", ""), 1)) - 1)
-            end = min(max(last, at) + 1, at + 1000)
+            end = max(last, at) + 1 if max(last, at) < _widest else at + 1
             down = int(_number(given.get("rowspan", ""), 1) + _number(given.get("morerows", ""), 0))
-            if down > 1: covered.update(dict.fromkeys(range(at, end), down - 1))
+            if down > 1 and end <= _widest: covered.update(dict.fromkeys(range(at, end), down - 1))
             cells.append(Cell(at, end, text(el)))
             at = end
         out.append(cells)
     return out
 
-# %% ../../nbs/09_tagged.ipynb #6a820959
+# %% ../../nbs/09_tagged.ipynb #c4bd43c4
 def _grids(table: etree._Element, text: Callable) -> Iterator[tuple[list[float], list[list[Cell]]]]:
     "Edges of the columns and rows of each grid of a table."
     groups = [g for g in table.iterchildren(etree.Element) if local(g.tag) == "tgroup"]
-    for group in groups or [table]:
+    for group in [*groups, table]:
         specs = [c for c in group.iterchildren(etree.Element) if local(c.tag) == "colspec"]
         names = {name: n for n, c in enumerate(specs) if (name := _attribute(c, "colname"))}
         edges = [0.0]
         for c in specs: edges.append(edges[-1] + (_number(_attribute(c, "colwidth"), 0) or 1))
-        cells = _cells(group, names, text)
-        while len(edges) <= max((c.end for r in cells for c in r), default=0): edges.append(edges[-1] + 1)
-        yield edges, cells
+        if not (cells := _cells(group, names, text)): continue
+        missing = max((c.end for r in cells for c in r), default=0) + 1 - len(edges)
+        yield edges + [edges[-1] + n for n in range(1, missing + 1)], cells
 
-def _html(grids: list[tuple[list[float], list[list[Cell]]]]) -> etree._Element:
-    "All grids as one HTML table, in which a cell spans the columns between its edges."
+def _joined(grids: list[tuple[list[float], list[list[Cell]]]]) -> list[list[Cell]]:
+    "The rows of all grids on one, in which a cell spans the columns between its edges."
     place = {x: n for n, x in enumerate(sorted({x for edges, _ in grids for x in edges}))}
-    table = etree.Element("table")
-    for edges, rows in grids:
-        for cells in rows:
-            tr, at = etree.SubElement(table, "tr"), 0
-            for c in cells:
-                start, end = place[edges[c.start]], place[edges[c.end]]
-                if start > at: etree.SubElement(tr, "td", colspan=str(start - at))
-                etree.SubElement(tr, "td", colspan=str(end - start)).text = c.text
-                at = end
-    return table
+    return [[Cell(place[edges[c.start]], place[edges[c.end]], c.text) for c in r] for edges, rows in grids for r in rows]
 
-def _lines(trs: list[etree._Element], width: int) -> list[str]:
-    "The texts of the rows, up to the first that is more than one wide cell; these rows are taken out."
+def _aligned(rows: list[list[Cell]]) -> list[list[str]]:
+    "The rows of several grids, their columns those of a table of SEC filings."
+    table = etree.Element("table")
+    for r in rows:
+        tr, at = etree.SubElement(table, "tr"), 0
+        for c in r:
+            if c.start > at: etree.SubElement(tr, "td", colspan=str(c.start - at))
+            etree.SubElement(tr, "td", colspan=str(c.end - c.start)).text = c.text
+            at = c.end
+    return table_rows(table)
+
+def _plain(rows: list[list[Cell]]) -> list[list[str]]:
+    "The rows of one grid without its empty columns."
+    used = sorted({c.start for r in rows for c in r})
+    by_row = ({c.start: c.text for c in r} for r in rows)
+    return [[r.get(at, "") for at in used] for r in by_row]
+
+# %% ../../nbs/09_tagged.ipynb #9db61627
+def _notes(rows: list[list[Cell]], width: int, last: bool) -> list[str]:
+    "Texts of the first, or the `last`, rows that are one wide cell; these are taken out."
     out = []
-    for tr in trs:
-        said = [td for td in tr if td.text]
-        if len(said) > 1 or said and 4 * int(said[0].get("colspan")) < 3 * width: break
-        out += [td.text for td in said]
-        tr.getparent().remove(tr)
-    return out
+    while rows and len(r := rows[-last]) == 1 and 4 * (r[0].end - r[0].start) >= 3 * width:
+        out.append(rows.pop(-last)[0].text)
+    return out[::-1] if last else out
 
 def table_blocks(table: etree._Element, text: Callable[[etree._Element], str]) -> list[str]:
     """A table as Markdown, lines of one wide cell above and below it as paragraphs; `text` gives that of a cell. A
     table too large to align is given row by row."""
     grids = list(_grids(table, text))
-    rows, width = [r for _, rows in grids for r in rows], max((len(edges) for edges, _ in grids), default=0)
-    if width > 500 or sum(map(len, rows)) * width > 20_000_000:
-        return ["\n".join(line for r in rows if (line := " | ".join(c.text for c in r if c.text)))]
-    made = _html(grids)
-    width = max((sum(int(td.get("colspan")) for td in tr) for tr in made), default=0)
-    above, below = _lines(list(made), width), _lines(list(made)[::-1], width)
-    rows = table_rows(made)
-    return [*above, *([table_markdown(rows)] if rows else []), *below[::-1]]
+    said = [t for el in table.iterchildren(etree.Element) if local(el.tag) in ("caption", "title") and (t := text(el))]
+    width = max((c.end for _, rows in grids for r in rows for c in r), default=0)
+    if width <= _widest: rows = _joined(grids)
+    else: rows = [r for _, rows in grids for r in rows]
+    rows = [r for cells in rows if (r := [c for c in cells if c.text])]
+    steps = len(rows) * (sum(map(len, rows)) if len(grids) > 1 else width)
+    if width > _widest or steps > (2_000_000 if len(grids) > 1 else 20_000_000):
+        return said + ["\n".join(" | ".join(c.text for c in r) for r in rows)]
+    width = max((c.end for r in rows for c in r), default=0)
+    above, below = _notes(rows, width, False), _notes(rows, width, True)
+    rows = _aligned(rows) if len(grids) > 1 else _plain(rows)
+    return [*said, *above, *([table_markdown(rows)] if rows else []), *below]
 
-# %% ../../nbs/09_tagged.ipynb #84d2bae6
+# %% ../../nbs/09_tagged.ipynb #ef3d39be
 _bullet = re.compile(r"[•●▪■◦‣○·–—-]\s+")
 _counter = re.compile(r"\(?(?:\d{1,3}|[a-z]|[ivx]{1,5})[.)]\s", re.I)
 
@@ -267,7 +279,7 @@ class _Writer:
         "The text as it stands in its list: the first of an item with a dash or its own number, the others indented."
         if not self.items: return text
         first, self.items[-1] = self.items[-1], False
-        indent = "  " * (len(self.items) - 1)
+        indent = "  " * min(len(self.items) - 1, 5)
         if not first: return f"{indent}  {text}"
         return indent + (text if _counter.match(text) else "- " + _bullet.sub("", text, count=1))
 
@@ -277,13 +289,15 @@ class _Writer:
         if self.label: self.parts, self.label = [self.label], ""
         self.end()
 
-# %% ../../nbs/09_tagged.ipynb #72165f15
+# %% ../../nbs/09_tagged.ipynb #f4c1a903
 Kinds = Mapping[str, str]
 _leaves = {"skip", "label", "term", "sup", "sub", "math", "tex", "space", "table"}
 
 def _said(kind: str, el: etree._Element, left: str) -> str:
     "What an element that is taken whole says after the text `left` of it."
-    if kind == "math": return "" if el.getparent().find("{*}tex-math") is not None else math_text(el)
+    if kind == "math":
+        beside = islice(el.getparent().iterchildren(etree.Element), 10) if el.getparent() is not None else ()
+        return "" if any(local(x.tag) == "tex-math" for x in beside) else math_text(el)
     if kind in ("space", "skip"): return " " if kind == "space" else ""
     text = "".join(el.itertext())
     return tex(text) if kind == "tex" else script(left, kind, text)
@@ -292,7 +306,8 @@ def _leaf(out: _Writer, kind: str, el: etree._Element, kinds: Kinds) -> None:
     "Write an element that is taken whole."
     if kind in ("label", "term"):
         text = " ".join("".join(el.itertext()).split())
-        if text: out.label = f"{out.label} {text}".strip() + (":" if kind == "term" else "." * text[-1].isalnum())
+        if text and out.label: out.close()
+        if text: out.label = text + (":" if kind == "term" else "." * text[-1].isalnum())
     elif kind == "table":
         out.close()
         out.blocks += table_blocks(el, lambda cell: cell_text(cell, kinds))
