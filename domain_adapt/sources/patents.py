@@ -36,7 +36,7 @@ def patent(about: Mapping[str, str], **parts: str) -> Document:
     if not spans: return not_kept("no text", "not text", **about)
     return record(text, **about, parts=json.dumps(spans))
 
-# %% ../../nbs/13_patents.ipynb #5df0ca7b
+# %% ../../nbs/13_patents.ipynb #4474439c
 TYPES = {"S": "design", "P": "plant", "E": "reissue", "H": "statutory invention registration"}
 
 def iso_date(digits: str) -> str:
@@ -47,13 +47,13 @@ def iso_date(digits: str) -> str:
 def number_of(printed: str) -> str:
     "A patent's number without the zeros in it: 07997973 is 7997973, D0701016 is D701016."
     m = re.match(r"([A-Z]*)0*(\d*)", printed.strip().upper())
-    return m[1] + m[2]
+    return m[1] + m[2] if m[2] else ""
 
 def class_of(printed: str) -> str:
     "A class of the IPC or CPC as it is cited: H04M 1100, H04M011/00 and H04M 11/00 are the same."
     code = printed.strip()
-    if m := re.fullmatch(r"([A-H]\d\d[A-Z])\s*(\d{1,4})/(\d+)", code): return f"{m[1]} {int(m[2])}/{m[3]}"
-    if m := re.fullmatch(r"([A-H]\d\d[A-Z])([ \d]{2}\d)(\d\d\d?)", code): return f"{m[1]} {int(m[2])}/{m[3]}"
+    for form in (r"\s*(\d{1,4})/(\d+)", r"([ \d]{2}\d)(\d{2,4})", r"\s+(\d{1,3})(\d\d)"):
+        if m := re.fullmatch(r"([A-H]\d\d[A-Z])" + form, code): return f"{m[1]} {int(m[2])}/{m[3]}"
     return " ".join(code.split())
 
 def about_patent(title: str, number: str, kind: str, date: str, application: str, filed: str, assignee: list[str],

@@ -64,7 +64,7 @@ def named(text: str) -> str:
         return html.escape(found, quote=False) if found else "&amp;" + m[0][1:]
     return _entity.sub(sign, text)
 
-# %% ../../nbs/09_tagged.ipynb #20cd5d6e
+# %% ../../nbs/09_tagged.ipynb #eef0ff07
 _options = dict(resolve_entities=False, no_network=True, load_dtd=False, remove_comments=True, remove_pis=True)
 _control = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]|&#(?:x0*(?:[01]?[0-8bcef]|1[0-9a-f]|d[89a-f]..|fff[ef])|0*(?:[0-8]|1[124-9]|2\d|3[01]));", re.I)
 _any_tag = re.compile(r"<[/?!]?[A-Za-z][^<>]*>")
@@ -91,6 +91,7 @@ def mended(text: str) -> etree._Element:
     letters = lambda t: "".join(t.split())
     if root is None or letters("".join(root.itertext())) != letters(html.unescape(_any_tag.sub("", text))):
         raise Unreadable("not XML")
+    for el in root.iter("*"): el.tag = el.tag if el.tag[0] == "{" else el.tag.rpartition(":")[2]
     return root
 
 def parse(data: bytes) -> etree._Element:
