@@ -11,7 +11,7 @@ from lxml import etree
 from domain_adapt.sources import tagged
 from domain_adapt.sources.markdown import figures
 from domain_adapt.sources.reading import Unreadable
-from domain_adapt.sources.tagged import blocks, markdown, math_text, named, parse, script, split, table_blocks, tex
+from domain_adapt.sources.tagged import blocks, markdown, math_text, parse, split, table_blocks
 
 KINDS = dict(sec="section", title="title", p="block", list="block", item="item", label="label", term="term", fig="boxed", sup="sup",
              sub="sub", table="table", math="math", graphic="skip", **{"tex-math": "tex"})
@@ -122,6 +122,7 @@ def test_no_entity_is_expanded(tmp_path):
     assert not damage and parse(data).text == "&a; &b; &x; é"
     with pytest.raises(Unreadable): parse(f"{dtd}<p>&b;</p>".encode() + b"<p>")
     assert "".join(parse(b"<p>5 <q>6</p> 7</q></p>").itertext()).split() == ["5", "6", "7"]
+    assert parse(b"<p><![CDATA[a & b <c> &amp;]]></p>").text == "a & b <c> &amp;"
     assert parse(b"<p>&#65;&#0;&#xFFFF;B</p>").text == "AB"
 
 

@@ -17,7 +17,7 @@ from lxml import etree
 from .markdown import Cell, table_markdown, table_rows
 from .reading import Unreadable, decode
 
-# %% ../../nbs/09_tagged.ipynb #400ad985
+# %% ../../nbs/09_tagged.ipynb #dbd51584
 LARGEST = 100_000_000
 _block, _tag = 1 << 20, 100
 
@@ -26,9 +26,12 @@ def split(file: BinaryIO, roots: tuple[str, ...], apart: tuple[str, ...] = ()) -
     damaged. Roots `apart` are documents too, but may also stand inside another one and then belong to it."""
     names = "|".join(map(re.escape, roots + apart))
     mark = re.compile(rf"<(?:(/?)(?:[\w.-]{{1,20}}:)?({names})(?=[\s>])|\?xml\s)".encode())
-    held, root, at, over, block = bytearray(), "", 0, False, b" "
+    held, root, at, over, block, broken = bytearray(), "", 0, False, b" ", None
+    read = getattr(file, "read1", file.read)         # a packed stream that breaks off then still gives what it has
     while block:
-        held += (block := file.read(_block))
+        try: block = read(_block)
+        except Exception as e: block, broken = b"", e
+        held += block
         unsure = _tag if block else 0
         while (m := mark.search(held, at)) and m.start() < len(held) - unsure:
             start, at, name = m.start(), m.end(), (m[2] or b"").decode()
@@ -46,9 +49,10 @@ def split(file: BinaryIO, roots: tuple[str, ...], apart: tuple[str, ...] = ()) -
         if over or not root:
             del held[:at]
             at = 0
+    if broken: raise broken
     if root: yield root, bytes(held), f"breaks off before </{root}>"
 
-# %% ../../nbs/09_tagged.ipynb #019a6ad8
+# %% ../../nbs/09_tagged.ipynb #e36b1837
 _greek = dict(zip("a b g d e z ee th i k l m n x o p r s t u ph kh ps oh".split(), "αβγδεζηθικλμνξοπρστυφχψω"))
 _capital = lambda name: name.upper() if len(name) > 1 else name.capitalize()
 CHARACTERS: Mapping[str, str] = {
@@ -57,8 +61,16 @@ CHARACTERS: Mapping[str, str] = {
     **{f"{form(name)}gr": letter.upper() for name, letter in _greek.items() for form in (_capital, str.capitalize)}}
 _entity = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#\w{1,8});)(?:([A-Za-z][\w.-]{0,30});)?")
 
+def _unwrapped(text: str) -> str:
+    "The text with what stands in CDATA sections escaped instead."
+    first, *rest = text.split("<![CDATA[")
+    parts = [x.partition("]]>") for x in rest]
+    return first + "".join(html.escape(inside, quote=False) + after if end else "<![CDATA[" + inside
+                           for inside, end, after in parts)
+
 def named(text: str) -> str:
     "XML text with its named characters written out and every other `&` that is no reference escaped."
+    text = _unwrapped(text)
     def sign(m: re.Match) -> str:
         found = CHARACTERS.get((m[1] or "").removeprefix("b."))
         return html.escape(found, quote=False) if found else "&amp;" + m[0][1:]
