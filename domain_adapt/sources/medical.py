@@ -17,18 +17,18 @@ from lxml import etree
 from .reading import Unreadable, contents, decode, not_kept, record
 from .tagged import blocks, cell_text, markdown, parse, split
 
-# %% ../../nbs/12_medical.ipynb #2d67daeb
+# %% ../../nbs/12_medical.ipynb #53da07ed
 def _each(**kinds: str) -> dict[str, str]:
     "The kind of each tag, from the tags of each kind."
     return {tag: kind for kind, tags in kinds.items() for tag in tags.split()}
 
 JATS = _each(
-    section="sec app boxed-text glossary", title="title", label="label", term="term", table="table", sup="sup",
-    sub="sub", math="math", tex="tex-math", space="break", item="list-item def-item",
-    block="p list def def-list disp-quote verse-group verse-line speech statement attrib preformat code caption "
-          "table-wrap-foot fn fn-group",
-    boxed="fig fig-group table-wrap table-wrap-group disp-formula disp-formula-group supplementary-material array",
-    skip="graphic inline-graphic media object-id permissions alt-text long-desc ref-list hr processing-meta sec-meta")
+    section="sec app boxed-text glossary", title="title", label="label", term="term", table="table",
+    sup="sup", sub="sub", math="math", tex="tex-math", space="break", item="list-item def-item",
+    block="p list def def-list disp-quote verse-group verse-line speech statement attrib preformat code "
+          "caption table-wrap-foot fn fn-group",
+    boxed="fig fig-group table-wrap table-wrap-group disp-formula disp-formula-group supplementary-material",
+    skip="graphic inline-graphic media object-id permissions alt-text long-desc ref-list hr sec-meta")
 FIELDS = "pmcid pmid doi journal licence article_type subjects".split()
 
 # %% ../../nbs/12_medical.ipynb #36a4194f
@@ -53,15 +53,15 @@ def url_of(doi: str, pmcid: str, pmid: str) -> str:
     if pmcid: return f"https://www.ncbi.nlm.nih.gov/pmc/articles/{pmcid}/"
     return f"https://pubmed.ncbi.nlm.nih.gov/{pmid}/" if pmid else ""
 
-# %% ../../nbs/12_medical.ipynb #c8c8bfd8
+# %% ../../nbs/12_medical.ipynb #03be5901
 def _words(el: etree._Element | None) -> str:
     "What an element says, on one line."
     return cell_text(el, JATS) if el is not None else ""
 
 def _day(el: etree._Element) -> str:
     "The date in an element with year, month and day, or with MedlineDate."
-    of = lambda name: el.findtext(f"{{*}}{name}") or ""
-    return date_of(of("year") or of("Year") or of("MedlineDate"), of("month") or of("Month"), of("day") or of("Day"))
+    of = lambda name: el.findtext(f"{{*}}{name}") or el.findtext(f"{{*}}{name.capitalize()}") or ""
+    return date_of(of("year") or el.findtext("MedlineDate") or "", of("month"), of("day"))
 
 def _licence(meta: etree._Element) -> str:
     "The licence as its address, else its type, else what it or the copyright statement says."
@@ -77,16 +77,17 @@ def _about_article(root: etree._Element, meta: etree._Element, name: str) -> dic
     ids = {el.get("pub-id-type", ""): (el.text or "").strip() for el in meta.iterfind("{*}article-id")}
     number = ids.get("pmc") or ids.get("pmcid") or ids.get("pmcaid") or (
         m[1] if (m := re.search(r"(?:PMC|_-|-)(\d{5,9})\.n?xml$", name)) else "")
-    pmcid, days = f"PMC{number.removeprefix('PMC')}" if number else "", meta.iterfind("{*}pub-date")
-    kinds = lambda el: (el.get("pub-type") or el.get("date-type") or "")
+    pmcid = f"PMC{number.removeprefix('PMC')}" if number else ""
+    pmid, doi = ids.get("pmid", ""), ids.get("doi", "")
+    of_archive = lambda el: re.search("release|nihms", el.get("pub-type") or el.get("date-type") or "")
+    days = [_day(el) for el in meta.iterfind("{*}pub-date") if not of_archive(el)]
     subjects = [_words(el) for el in meta.iter("{*}subject", "{*}kwd")]
-    return dict(date=best_date(filter(None, (_day(d) for d in days if not re.search("release|nihms", kinds(d))))),
-                url=url_of(ids.get("doi", ""), pmcid, ids.get("pmid", "")), pmcid=pmcid, pmid=ids.get("pmid", ""),
-                doi=ids.get("doi", ""), journal=_words(next(root.iter("{*}journal-title"), None)),
+    return dict(date=best_date(filter(None, days)), url=url_of(doi, pmcid, pmid), pmcid=pmcid, pmid=pmid,
+                doi=doi, journal=_words(next(root.iter("{*}journal-title"), None)),
                 licence=_licence(meta), article_type=root.get("article-type", ""),
                 subjects="; ".join(dict.fromkeys(filter(None, subjects))))
 
-# %% ../../nbs/12_medical.ipynb #780be15c
+# %% ../../nbs/12_medical.ipynb #6b220cf1
 def read_article(root: etree._Element, name: str = "") -> Document:
     "The JATS article below `root`, from file `name`, with the metadata of `FIELDS`. Raises `Unreadable`."
     meta = root.find("{*}front/{*}article-meta")
@@ -98,32 +99,37 @@ def read_article(root: etree._Element, name: str = "") -> Document:
         if (head := abstract.find("{*}title")) is not None: abstract.remove(head)
         if found := blocks(abstract, JATS): text += [f"## {_words(head) or 'Abstract'}", *found]
     for part in ("body", "floats-group", "back/{*}app-group", "back/{*}app", "back/{*}glossary"):
-        for el in root.iterfind(f"{{*}}{part}"): text += blocks(el, JATS, 2 if part.endswith(("app", "ry")) else 1)
+        level = 2 if part.endswith(("app", "glossary")) else 1
+        for el in root.iterfind(f"{{*}}{part}"): text += blocks(el, JATS, level)
     about = _about_article(root, meta, name)
     if not text: return not_kept("no text", "not text", title=title, **about)
     return record(markdown([f"# {title}"] * bool(title) + text), title, **about)
 
-# %% ../../nbs/12_medical.ipynb #1417b9b5
+# %% ../../nbs/12_medical.ipynb #ce11cf89
 def _subjects(citation: etree._Element) -> str:
     "The MeSH headings and keywords of a citation."
-    found = citation.iterfind("MeshHeadingList/MeshHeading/DescriptorName"), citation.iterfind("KeywordList/Keyword")
-    return "; ".join(dict.fromkeys(filter(None, (_words(el) for part in found for el in part))))
+    paths = "MeshHeadingList/MeshHeading/DescriptorName", "KeywordList/Keyword"
+    found = (_words(el) for path in paths for el in citation.iterfind(path))
+    return "; ".join(dict.fromkeys(filter(None, found)))
 
 def read_citation(root: etree._Element) -> Document:
-    "The abstract of a PubmedArticle or PubmedBookArticle, with the metadata of `FIELDS`. Raises `Unreadable`."
-    citation = next((el for x in ("MedlineCitation", "BookDocument") if (el := root.find(x)) is not None), None)
+    "The abstract of a PubmedArticle or PubmedBookArticle with the metadata of `FIELDS`. Raises `Unreadable`."
+    citation = root.find("MedlineCitation")
+    if citation is None: citation = root.find("BookDocument")
     if citation is None: raise Unreadable("a PubMed record without its citation")
     article = citation if citation.tag == "BookDocument" else citation.find("Article")
     if article is None: raise Unreadable("a PubMed record without its article")
     listed = [*root.iterfind("*/ArticleIdList/ArticleId")]
     ids = {el.get("IdType", ""): (el.text or "").strip() for el in listed}
     pmid, doi, pmcid = (citation.findtext("PMID") or "").strip(), ids.get("doi", ""), ids.get("pmc", "")
-    title = re.sub(r"^\[(.*)\](\.?)$", r"\1\2", _words(article.find("ArticleTitle")) or _words(article.find("Book/BookTitle")))
+    title = _words(article.find("ArticleTitle")) or _words(article.find("Book/BookTitle"))
+    title = re.sub(r"^\[(.*)\](\.?)$", r"\1\2", title)
     dates = [_day(el) for where in ("Journal/JournalIssue/PubDate", "ArticleDate", "Book/PubDate")
              for el in article.iterfind(where)]
     types = "; ".join(filter(None, map(_words, article.iterfind(".//PublicationType"))))
-    about = dict(date=best_date(filter(None, dates)), url=url_of(doi, pmcid, pmid), pmcid=pmcid, pmid=pmid, doi=doi,
-                 journal=_words(article.find("Journal/Title")), licence="", article_type=types, subjects=_subjects(citation))
+    about = dict(date=best_date(filter(None, dates)), url=url_of(doi, pmcid, pmid), pmcid=pmcid, pmid=pmid,
+                 doi=doi, journal=_words(article.find("Journal/Title")), licence="", article_type=types,
+                 subjects=_subjects(citation))
     text = []
     for el in article.iterfind("Abstract/AbstractText"):
         label = el.get("Label", "").capitalize()
@@ -131,7 +137,7 @@ def read_citation(root: etree._Element) -> Document:
     if not text: return not_kept("no abstract", "not text", title=title, **about)
     return record(markdown([f"# {title}"] * bool(title) + ["## Abstract"] + text), title, **about)
 
-# %% ../../nbs/12_medical.ipynb #e6c647cc
+# %% ../../nbs/12_medical.ipynb #c00357bf
 ROOTS = ("article", "PubmedArticle", "PubmedBookArticle", "DeleteCitation")
 
 def _read(root: str, tree: etree._Element, name: str) -> Iterator[Document]:
@@ -139,7 +145,8 @@ def _read(root: str, tree: etree._Element, name: str) -> Iterator[Document]:
     if root == "article": yield read_article(tree, name)
     elif root != "DeleteCitation": yield read_citation(tree)
     else:
-        for el in tree.iter("PMID"): yield not_kept("deleted citation", "not text", title=el.text or "", pmid=el.text or "")
+        numbers = (el.text or "" for el in tree.iter("PMID"))
+        for n in numbers: yield not_kept("deleted citation", "not text", title=n, pmid=n)
 
 def articles(file: BinaryIO, name: str = "") -> Iterator[Document]:
     "The articles and citations in a stream of XML; what is damaged leaves a record of its own."
@@ -166,7 +173,7 @@ def documents(path: str | Path) -> Iterator[Document]:
         elif suffix in (".txt", ".md"): yield text_file(file.read(), name)
         else: yield not_kept(f"unknown kind of file {suffix}", "not text", title=name)
 
-# %% ../../nbs/12_medical.ipynb #23f2f5da
+# %% ../../nbs/12_medical.ipynb #e8d27e23
 MEDICAL_TERMS = tuple(term.replace("_", " ") for term in """
 abdom abort abscess acetyl acid_ acidosis acids_ adeno adhesion adip adjuvant adolescen adren aetiol
 affinity agonist albumin alkal allel allele_ alleles_ allerg alveol ambulat amino_ amnio amyl anaem anaes
@@ -226,6 +233,7 @@ vertebr vesic viable_ viral_ virol virul virus viscera vitamin vitro_ vivo_ vomi
 womb_ wound_ wounds_ xeno yeast zebrafish zygot
 """.split())
 
+# %% ../../nbs/12_medical.ipynb #469f65fc
 @lru_cache(maxsize=1 << 18)
 def _medical(word: str) -> bool:
     "Whether a word in lower case begins like a medical term."

@@ -36,7 +36,7 @@ def patent(about: Mapping[str, str], **parts: str) -> Document:
     if not spans: return not_kept("no text", "not text", **about)
     return record(text, **about, parts=json.dumps(spans))
 
-# %% ../../nbs/13_patents.ipynb #4474439c
+# %% ../../nbs/13_patents.ipynb #de2d1b18
 TYPES = {"S": "design", "P": "plant", "E": "reissue", "H": "statutory invention registration"}
 
 def iso_date(digits: str) -> str:
@@ -56,29 +56,29 @@ def class_of(printed: str) -> str:
         if m := re.fullmatch(r"([A-H]\d\d[A-Z])" + form, code): return f"{m[1]} {int(m[2])}/{m[3]}"
     return " ".join(code.split())
 
-def about_patent(title: str, number: str, kind: str, date: str, application: str, filed: str, assignee: list[str],
-                 inventors: list[str], classification: str, patent_type: str) -> dict[str, str]:
+def about_patent(title: str, number: str, kind: str, date: str, application: str, filed: str,
+                 assignee: list[str], inventors: list[str], classification: str,
+                 patent_type: str) -> dict[str, str]:
     "The metadata of a patent, from what its file prints."
     number, joined = number_of(number), lambda names: "; ".join(dict.fromkeys(filter(None, names)))
     if not number: raise Unreadable("a patent without its number")
     return dict(title=title, date=iso_date(date), url=f"https://patents.google.com/patent/US{number}{kind}",
                 number=number, kind_code=kind, application=application.strip(), filed=iso_date(filed),
-                assignee=joined(assignee), inventors=joined(inventors), classification=class_of(classification),
-                patent_type=patent_type)
+                assignee=joined(assignee), inventors=joined(inventors),
+                classification=class_of(classification), patent_type=patent_type)
 
-# %% ../../nbs/13_patents.ipynb #52134afd
+# %% ../../nbs/13_patents.ipynb #805d89d7
 def _each(**kinds: str) -> dict[str, str]:
     "The kind of each tag, from the tags of each kind."
     return {tag: kind for kind, tags in kinds.items() for tag in tags.split()}
 
 TAGS = _each(
     heading="heading h", item="li list-item", term="dt", table="table tbl", math="math",
-    block="p paragraph para claim claim-text clmstep br ul ol dl dd pre description-of-drawings section btext "
-          "unordered-list ordered-list program-listing-deposit in-line-formulae",
+    block="p paragraph para claim claim-text clmstep br ul ol dl dd pre description-of-drawings section "
+          "btext unordered-list ordered-list",
     boxed="tables table-cwu table-us maths math-cwu math-us chemistry chemistry-cwu chem-us cwu",
     sup="sup sup2 superscript sp", sub="sub sub2 subscript sb",
-    skip="img image emi custom-character number sequence-cwu sequence-list us-sequence-list-doc seq-lst-us chemcdx "
-         "drawings mathematica-file chemdraw-file molfile-file chemistry-chemdraw-file")
+    skip="img image emi custom-character number sequence-cwu sequence-list us-sequence-list-doc seq-lst-us")
 
 def _text(el: etree._Element | None) -> str:
     "What an element says, on one line."
@@ -88,20 +88,23 @@ def _parts(root: etree._Element, abstract: str, description: str, claim: str) ->
     "The parts below three paths, a claim a paragraph with a line for each of its steps."
     found = lambda path: markdown([x for el in root.iterfind(path) for x in blocks(el, TAGS, 3)])
     claims = ["\n".join(blocks(el, TAGS)) for el in root.iterfind(claim)]
-    return dict(abstract=found(abstract), description=found(description), claims="\n\n".join(filter(None, claims)))
+    return dict(abstract=found(abstract), description=found(description),
+                claims="\n\n".join(filter(None, claims)))
 
-# %% ../../nbs/13_patents.ipynb #0468d98f
+# %% ../../nbs/13_patents.ipynb #9b73608d
 def _person(el: etree._Element) -> str:
     "The organisation or the person in an address book."
     book = el.find("addressbook") if el.find("addressbook") is not None else el
-    return _text(book.find("orgname")) or " ".join(filter(None, (_text(book.find(f"{x}-name")) for x in ("first", "last"))))
+    names = (_text(book.find(x)) for x in ("first-name", "last-name"))
+    return _text(book.find("orgname")) or " ".join(filter(None, names))
 
 def _class_v4(bib: etree._Element) -> str:
     "The main class: of the CPC, else of the IPC, else that of a design or of the US."
-    for path in ("classifications-cpc/main-cpc/classification-cpc", "classifications-ipcr/classification-ipcr"):
+    levels = "section", "class", "subclass", "main-group", "subgroup"
+    for path in "classifications-cpc/main-cpc/classification-cpc", "classifications-ipcr/classification-ipcr":
         if (el := bib.find(path)) is not None:
-            s, c, u, group, sub = (el.findtext(x) or "" for x in ("section", "class", "subclass", "main-group", "subgroup"))
-            return f"{s}{c}{u} {group}/{sub}"
+            section, number, letter, group, below = (el.findtext(x) or "" for x in levels)
+            return f"{section}{number}{letter} {group}/{below}"
     names = ("ipc", "locarno", "national")
     return next((x for n in names if (x := bib.findtext(f"classification-{n}/main-classification"))), "")
 
@@ -115,8 +118,8 @@ def read_v4(root: etree._Element) -> Document:
     about = about_patent(_text(bib.find("invention-title")), *(
         of(f"publication-reference/document-id/{x}") for x in ("doc-number", "kind", "date")), *(
         of(f"application-reference/document-id/{x}") for x in ("doc-number", "date")),
-        [_person(el) for el in bib.iterfind("assignees/assignee")], [_person(el) for el in people], _class_v4(bib),
-        next((el.get("appl-type", "") for el in bib.iterfind("application-reference")), ""))
+        [_person(el) for el in bib.iterfind("assignees/assignee")], [_person(el) for el in people],
+        _class_v4(bib), next((el.get("appl-type", "") for el in bib.iterfind("application-reference")), ""))
     return patent(about, **_parts(root, "abstract", "description", "claims/claim"))
 
 # %% ../../nbs/13_patents.ipynb #57a863e6
@@ -137,29 +140,30 @@ def read_application(root: etree._Element) -> Document:
         TYPES.get(of("document-id/kind-code")[:1], "utility"))
     return patent(about, **_parts(root, "subdoc-abstract", "subdoc-description", "subdoc-claims/claim"))
 
-# %% ../../nbs/13_patents.ipynb #84d239e4
+# %% ../../nbs/13_patents.ipynb #b7322045
 def read_patdoc(root: etree._Element) -> Document:
     "A grant in ST.32 (version 2), 2001 to 2004."
     bib = root.find("SDOBI")
     if bib is None: raise Unreadable("a patent without its bibliographic data")
     of = lambda path: _text(bib.find(path))
     kind = of("B100/B130")
-    name = lambda el: _text(el.find("NAM/ONM")) or " ".join(filter(None, (_text(el.find(f"NAM/{x}")) for x in ("FNM", "SNM"))))
-    about = about_patent(of("B500/B540"), of("B100/B110"), kind, of("B100/B140"), of("B200/B210"), of("B200/B220"),
-                         [name(el) for el in bib.iterfind("B700/B730/B731/*")],
+    both = lambda el: " ".join(filter(None, (_text(el.find(x)) for x in ("NAM/FNM", "NAM/SNM"))))
+    name = lambda el: _text(el.find("NAM/ONM")) or both(el)
+    about = about_patent(of("B500/B540"), of("B100/B110"), kind, of("B100/B140"), of("B200/B210"),
+                         of("B200/B220"), [name(el) for el in bib.iterfind("B700/B730/B731/*")],
                          [name(el) for el in bib.iterfind("B700/B720/B721/*")],
                          "".join(el.itertext()) if (el := bib.find("B500/B510/B511")) is not None else "",
                          TYPES.get(kind[:1], "utility"))
     return patent(about, **_parts(root, "SDOAB", "SDODE", "SDOCL//CLM"))
 
-# %% ../../nbs/13_patents.ipynb #681f8171
+# %% ../../nbs/13_patents.ipynb #24073670
 READ: dict[str, Callable[[etree._Element], Document]] = {
-    "us-patent-grant": read_v4, "us-patent-application": read_v4, "patent-application-publication": read_application,
-    "PATDOC": read_patdoc}
+    "us-patent-grant": read_v4, "us-patent-application": read_v4, "PATDOC": read_patdoc,
+    "patent-application-publication": read_application}
 _sequences = ("sequence-cwu", "us-sequence-listing", "us-sequence-list-doc")
 
 def xml_patents(file: BinaryIO) -> Iterator[Document]:
-    "The patents in a stream of XML or SGML documents; what is damaged or no patent leaves a record of its own."
+    "The patents in a stream of XML or SGML; what is damaged or no patent leaves a record of its own."
     root = ""
     for root, data, damage in split(file, tuple(READ), _sequences):
         if damage: yield not_kept(f"{root}: {damage}")
@@ -169,15 +173,17 @@ def xml_patents(file: BinaryIO) -> Iterator[Document]:
             except Unreadable as e: yield not_kept(str(e))
     if not root: yield not_kept("no patent in it")
 
-# %% ../../nbs/13_patents.ipynb #f0f0f8a7
-_letters = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi psi omega"
+# %% ../../nbs/13_patents.ipynb #9c40520f
+_letters = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma
+    tau upsilon phi chi psi omega"""
 SIGNS = {
     **dict(zip(_letters.split(), "αβγδεζηθικλμνξοπρστυφχψω")),
     **dict(zip(_letters.upper().split(), "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ")),
-    **dict(x.split("=", 1) for x in """degree=° times=× div=÷ +-=± -+=∓ ltoreq=≤ gtoreq=≥ noteq=≠ about=∼ apprxeq=≈ congruent=≅ ident=≡
-    varies=∝ infin=∞ intg=∫ differential=∂ gradient=∇ ANG=Å angle=∠ perp=⊥ parallel=∥ fwdarw=→ rarw=← revreaction=⇌ dbd== tbd=≡
-    cent=¢ sctn=§ RTM=® TM=™ COPYRGT=© dagger=† multidot=· smallcircle=∘ circle=○ sym=⊕ crclbar=⊖ sqroot=√ thrfore=∴ prime=′
-    gtorsim=≳ ltorsim=≲ quadrature=□ epsilon=ε vertline=| SIGMA=Σ PI=Π""".split())}
+    **dict(x.split("=", 1) for x in """degree=° times=× div=÷ +-=± -+=∓ ltoreq=≤ gtoreq=≥ noteq=≠ about=∼
+    apprxeq=≈ congruent=≅ ident=≡ varies=∝ infin=∞ intg=∫ differential=∂ gradient=∇ ANG=Å angle=∠ perp=⊥
+    parallel=∥ fwdarw=→ rarw=← revreaction=⇌ dbd== tbd=≡ cent=¢ sctn=§ RTM=® TM=™ COPYRGT=© dagger=†
+    multidot=· smallcircle=∘ circle=○ sym=⊕ crclbar=⊖ sqroot=√ thrfore=∴ prime=′ gtorsim=≳ ltorsim=≲
+    quadrature=□ vertline=|""".split())}
 _sign = re.compile(r"\.(sub|sup|" + "|".join(map(re.escape, SIGNS)) + r")\.")
 _image = re.compile(r"##[A-Z]{2,4}[\d-]{1,9}##")
 
@@ -186,13 +192,14 @@ def signs(text: str) -> str:
     def sign(m: re.Match) -> str:
         if m[1] == "sup": return "^"
         if m[1] != "sub": return SIGNS[m[1]]
-        return "" if re.match(r"\d", text[m.end():m.end() + 1]) and re.search(r"[^\W\d_]|[)\]']", text[m.start() - 1:m.start()]) else "_"
+        left, right = text[m.start() - 1:m.start()], text[m.end():m.end() + 1]
+        return "" if right.isdigit() and (left.isalpha() or left in tuple(")]'")) else "_"
     text = _image.sub(" ", text)
     return _sign.sub(sign, text)
 
-# %% ../../nbs/13_patents.ipynb #ff2b4b79
-SECTIONS = frozenset("""PATN INVT ASSG PRIR REIS RLAP CLAS UREF FREF OREF LREP PCTA ABST GOVT PARN BSUM DRWD DETD CLMS
-    DCLM""".split())
+# %% ../../nbs/13_patents.ipynb #69a33364
+SECTIONS = frozenset("""PATN INVT ASSG PRIR REIS RLAP CLAS UREF FREF OREF LREP PCTA ABST GOVT PARN BSUM DRWD
+    DETD CLMS DCLM""".split())
 _field = re.compile(r"([A-Z][A-Z0-9]{2,3})(?:\s+(\S.*)|\s*)$")
 
 def fields(text: str) -> Iterator[tuple[str, str, str]]:
@@ -210,7 +217,7 @@ def fields(text: str) -> Iterator[tuple[str, str, str]]:
 
 def _typed(text: str) -> str:
     "A typewritten table or equation as a code block, without rules and blank lines."
-    lines = [x.rstrip() for line in signs(text).split("\n") if not re.fullmatch(r"[\s_-]*", x := line.expandtabs())]
+    lines = [x.rstrip().expandtabs() for x in signs(text).split("\n") if not re.fullmatch(r"[\s_-]*", x)]
     indent = min((len(x) - len(x.lstrip()) for x in lines[1:] or lines), default=0)
     lines = [x[indent:] if x[:indent].isspace() or not indent else x.lstrip() for x in lines]
     return "\n".join(["```", *lines, "```"]) if lines else ""
@@ -224,27 +231,30 @@ def paragraphs(found: list[tuple[str, str]]) -> list[str]:
         else: out.append("### " * (tag == "PAC") + " ".join(signs(text).split()))
     return [x for x in out if x not in ("", "### ")]
 
-# %% ../../nbs/13_patents.ipynb #b8783b3c
+# %% ../../nbs/13_patents.ipynb #006b2df1
 _kinds = {"1": ("A", "utility"), "2": ("E", "reissue"), "4": ("S", "design"), "6": ("P", "plant"),
           "7": ("H", "statutory invention registration")}
 
 def read_aps(text: str, ended: bool = True) -> Document:
-    """A patent of the green book, without its `PATN` line. Raises `Unreadable`, also where it has not `ended`, that
-    is where no other follows, and has fewer claims than it says."""
+    """A patent of the green book, without its `PATN` line. Raises `Unreadable`, also where it has not
+    `ended`, that is where no other follows, and has fewer claims than it says."""
     found = list(fields(text))
     values: dict[tuple[str, str], list[str]] = {}
     for section, tag, said in found: values.setdefault((section, tag), []).append(" ".join(said.split()))
     of = lambda section, tag: values.get((section, tag), [""])[0]
     wku, names = of("PATN", "WKU"), lambda section: values.get((section, "NAM"), [])
     kind, patent_type = _kinds.get(of("PATN", "APT"), ("A", "utility"))
+    series, application = of("PATN", "SRC"), of("PATN", "APN")[:6]
+    ipc = next((said.strip() for section, tag, said in found if (section, tag) == ("CLAS", "ICL")), "")
     about = about_patent(
         signs(of("PATN", "TTL")), wku[:-1] if len(wku) == 9 else wku, kind, of("PATN", "ISD"),
-        f"{of('PATN', 'SRC'):0>2}{of('PATN', 'APN')[:6]}" if of("PATN", "APN") else "", of("PATN", "APD"), names("ASSG"),
-        [" ".join(reversed(n.split("; ", 1))) for n in names("INVT")],
-        next((s.strip() for section, tag, s in found if (section, tag) == ("CLAS", "ICL")), of("CLAS", "OCL")), patent_type)
+        f"{series:0>2}{application}" if application else "", of("PATN", "APD"), names("ASSG"),
+        [" ".join(reversed(n.split("; ", 1))) for n in names("INVT")], ipc or of("CLAS", "OCL"), patent_type)
     below = lambda *sections: [(tag, said) for section, tag, said in found if section in sections]
     claims: list[list[tuple[str, str]]] = [[]]
-    for tag, said in below("CLMS", "DCLM"): claims.append([]) if tag == "NUM" else claims[-1].append((tag, said))
+    for tag, said in below("CLMS", "DCLM"):
+        if tag == "NUM": claims.append([])
+        else: claims[-1].append((tag, said))
     claims = [x for c in claims if (x := "\n".join(paragraphs(c)))]
     if not ended and (asked := of("PATN", "NCL")).isdecimal() and len(claims) < int(asked):
         raise Unreadable(f"breaks off: {len(claims)} of {asked} claims")

@@ -17,17 +17,18 @@ from lxml import etree
 from .markdown import Cell, table_markdown, table_rows
 from .reading import Unreadable, decode
 
-# %% ../../nbs/09_tagged.ipynb #dbd51584
+# %% ../../nbs/09_tagged.ipynb #77400d24
 LARGEST = 100_000_000
 _block, _tag = 1 << 20, 100
 
-def split(file: BinaryIO, roots: tuple[str, ...], apart: tuple[str, ...] = ()) -> Iterator[tuple[str, bytes, str]]:
-    """Root, bytes and damage (empty where whole) of each document in a stream; one over `LARGEST` bytes counts as
-    damaged. Roots `apart` are documents too, but may also stand inside another one and then belong to it."""
+def split(file: BinaryIO, roots: tuple[str, ...],
+          apart: tuple[str, ...] = ()) -> Iterator[tuple[str, bytes, str]]:
+    """Root, bytes and damage (empty where whole) of each document in a stream; one over `LARGEST` bytes is
+    damaged too. Roots `apart` are documents, but may also stand inside another one and then belong to it."""
     names = "|".join(map(re.escape, roots + apart))
     mark = re.compile(rf"<(?:(/?)(?:[\w.-]{{1,20}}:)?({names})(?=[\s>])|\?xml\s)".encode())
     held, root, at, over, block, broken = bytearray(), "", 0, False, b" ", None
-    read = getattr(file, "read1", file.read)         # a packed stream that breaks off then still gives what it has
+    read = getattr(file, "read1", file.read)         # gives what a packed stream holds before it breaks off
     while block:
         try: block = read(_block)
         except Exception as e: block, broken = b"", e
@@ -37,7 +38,8 @@ def split(file: BinaryIO, roots: tuple[str, ...], apart: tuple[str, ...] = ()) -
             start, at, name = m.start(), m.end(), (m[2] or b"").decode()
             if m[1] and name == (root or name):
                 end = held.find(b">", at) + 1 or len(held)
-                yield name, bytes(held[:end]), "too large" if over else "" if root else "its beginning is missing"
+                damage = "too large" if over else "" if root else "its beginning is missing"
+                yield name, bytes(held[:end]), damage
                 root, at = "", 0
                 del held[:end]
             elif not m[1] and (not root or name not in apart):
@@ -52,13 +54,15 @@ def split(file: BinaryIO, roots: tuple[str, ...], apart: tuple[str, ...] = ()) -
     if broken: raise broken
     if root: yield root, bytes(held), f"breaks off before </{root}>"
 
-# %% ../../nbs/09_tagged.ipynb #e36b1837
-_greek = dict(zip("a b g d e z ee th i k l m n x o p r s t u ph kh ps oh".split(), "αβγδεζηθικλμνξοπρστυφχψω"))
+# %% ../../nbs/09_tagged.ipynb #f036df8a
+_greek = dict(zip("a b g d e z ee th i k l m n x o p r s t u ph kh ps oh".split(),
+                  "αβγδεζηθικλμνξοπρστυφχψω"))
 _capital = lambda name: name.upper() if len(name) > 1 else name.capitalize()
 CHARACTERS: Mapping[str, str] = {
     **{name[:-1]: sign for name, sign in html5.items() if name.endswith(";")},
     **{f"{name}gr": letter for name, letter in _greek.items()}, "sfgr": "ς",
-    **{f"{form(name)}gr": letter.upper() for name, letter in _greek.items() for form in (_capital, str.capitalize)}}
+    **{f"{form(name)}gr": letter.upper() for name, letter in _greek.items()
+       for form in (_capital, str.capitalize)}}
 _entity = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#\w{1,8});)(?:([A-Za-z][\w.-]{0,30});)?")
 
 def _unwrapped(text: str) -> str:
@@ -76,9 +80,11 @@ def named(text: str) -> str:
         return html.escape(found, quote=False) if found else "&amp;" + m[0][1:]
     return _entity.sub(sign, text)
 
-# %% ../../nbs/09_tagged.ipynb #eef0ff07
-_options = dict(resolve_entities=False, no_network=True, load_dtd=False, remove_comments=True, remove_pis=True)
-_control = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]|&#(?:x0*(?:[01]?[0-8bcef]|1[0-9a-f]|d[89a-f]..|fff[ef])|0*(?:[0-8]|1[124-9]|2\d|3[01]));", re.I)
+# %% ../../nbs/09_tagged.ipynb #8e015b4c
+_options = dict(resolve_entities=False, no_network=True, load_dtd=False, remove_comments=True,
+                remove_pis=True, encoding="utf-8")
+_control = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]|&#0*(?:[0-8]|1[124-9]|2\d|3[01]);"
+                      r"|&#x0*(?:[01]?[0-8bcef]|1[0-9a-f]|d[89a-f]..|fff[ef]);", re.I)
 _any_tag = re.compile(r"<[/?!]?[A-Za-z][^<>]*>")
 
 def _without_comments(text: str) -> str:
@@ -99,7 +105,7 @@ def mended(text: str) -> etree._Element:
         inner = re.sub(r"(=\s*)([^\s\"'>/]+)(?=[\s>])", r'\1"\2"', m[0]) if "=" in m[0] else m[0]
         return inner if name[1] in closed or inner.endswith("/>") else inner[:-1] + "/>"
     text = _any_tag.sub(tag, text)
-    root = etree.fromstring(text.encode("utf-8", "replace"), etree.XMLParser(recover=True, encoding="utf-8", **_options))
+    root = etree.fromstring(text.encode("utf-8", "replace"), etree.XMLParser(recover=True, **_options))
     letters = lambda t: "".join(t.split())
     if root is None or letters("".join(root.itertext())) != letters(html.unescape(_any_tag.sub("", text))):
         raise Unreadable("not XML")
@@ -109,7 +115,7 @@ def mended(text: str) -> etree._Element:
 def parse(data: bytes) -> etree._Element:
     "The tree of one document as `split` gives it. Raises `Unreadable`."
     text = named(decode(data))
-    try: return etree.fromstring(text.encode("utf-8", "replace"), etree.XMLParser(encoding="utf-8", **_options))
+    try: return etree.fromstring(text.encode("utf-8", "replace"), etree.XMLParser(**_options))
     except etree.XMLSyntaxError as e:
         try: return mended(text)
         except (Unreadable, etree.XMLSyntaxError): raise Unreadable(f"not XML: {e.msg}") from None
@@ -204,7 +210,7 @@ def _cells(group: etree._Element, names: dict[str, int], text: Callable) -> list
         out.append(cells)
     return out
 
-# %% ../../nbs/09_tagged.ipynb #c4bd43c4
+# %% ../../nbs/09_tagged.ipynb #ae50fcd5
 def _grids(table: etree._Element, text: Callable) -> Iterator[tuple[list[float], list[list[Cell]]]]:
     "Edges of the columns and rows of each grid of a table."
     groups = [g for g in table.iterchildren(etree.Element) if local(g.tag) == "tgroup"]
@@ -220,7 +226,8 @@ def _grids(table: etree._Element, text: Callable) -> Iterator[tuple[list[float],
 def _joined(grids: list[tuple[list[float], list[list[Cell]]]]) -> list[list[Cell]]:
     "The rows of all grids on one, in which a cell spans the columns between its edges."
     place = {x: n for n, x in enumerate(sorted({x for edges, _ in grids for x in edges}))}
-    return [[Cell(place[edges[c.start]], place[edges[c.end]], c.text) for c in r] for edges, rows in grids for r in rows]
+    return [[Cell(place[edges[c.start]], place[edges[c.end]], c.text) for c in r]
+            for edges, rows in grids for r in rows]
 
 def _aligned(rows: list[list[Cell]]) -> list[list[str]]:
     "The rows of several grids, their columns those of a table of SEC filings."
@@ -239,7 +246,7 @@ def _plain(rows: list[list[Cell]]) -> list[list[str]]:
     by_row = ({c.start: c.text for c in r} for r in rows)
     return [[r.get(at, "") for at in used] for r in by_row]
 
-# %% ../../nbs/09_tagged.ipynb #9db61627
+# %% ../../nbs/09_tagged.ipynb #b7519fc4
 def _notes(rows: list[list[Cell]], width: int, last: bool) -> list[str]:
     "Texts of the first, or the `last`, rows that are one wide cell; these are taken out."
     out = []
@@ -248,10 +255,11 @@ def _notes(rows: list[list[Cell]], width: int, last: bool) -> list[str]:
     return out[::-1] if last else out
 
 def table_blocks(table: etree._Element, text: Callable[[etree._Element], str]) -> list[str]:
-    """A table as Markdown, lines of one wide cell above and below it as paragraphs; `text` gives that of a cell. A
+    """A table as Markdown, lines of one wide cell above and below as paragraphs; `text` gives that of a cell. A
     table too large to align is given row by row."""
     grids = list(_grids(table, text))
-    said = [t for el in table.iterchildren(etree.Element) if local(el.tag) in ("caption", "title") and (t := text(el))]
+    titles = (el for el in table.iterchildren(etree.Element) if local(el.tag) in ("caption", "title"))
+    said = [t for el in titles if (t := text(el))]
     width = max((c.end for _, rows in grids for r in rows for c in r), default=0)
     if width <= _widest: rows = _joined(grids)
     else: rows = [r for _, rows in grids for r in rows]
@@ -264,7 +272,7 @@ def table_blocks(table: etree._Element, text: Callable[[etree._Element], str]) -
     rows = _aligned(rows) if len(grids) > 1 else _plain(rows)
     return [*said, *above, *([table_markdown(rows)] if rows else []), *below]
 
-# %% ../../nbs/09_tagged.ipynb #ef3d39be
+# %% ../../nbs/09_tagged.ipynb #b26bdab9
 _bullet = re.compile(r"[•●▪■◦‣○·–—-]\s+")
 _counter = re.compile(r"\(?(?:\d{1,3}|[a-z]|[ivx]{1,5})[.)]\s", re.I)
 
@@ -289,7 +297,7 @@ class _Writer:
         self.blocks.append("#" * min(self.level, 6) + " " + text if heading else self.listed(text))
 
     def listed(self, text: str) -> str:
-        "The text as it stands in its list: the first of an item with a dash or its own number, the others indented."
+        "The text as it stands in its list: an item begins with a dash or its number, the rest is indented."
         if not self.items: return text
         first, self.items[-1] = self.items[-1], False
         indent = "  " * min(len(self.items) - 1, 5)
