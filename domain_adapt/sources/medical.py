@@ -173,65 +173,66 @@ def documents(path: str | Path) -> Iterator[Document]:
         elif suffix in (".txt", ".md"): yield text_file(file.read(), name)
         else: yield not_kept(f"unknown kind of file {suffix}", "not text", title=name)
 
-# %% ../../nbs/12_medical.ipynb #e8d27e23
-MEDICAL_TERMS = tuple(term.replace("_", " ") for term in """
-abdom abort abscess acetyl acid_ acidosis acids_ adeno adhesion adip adjuvant adolescen adren aetiol
-affinity agonist albumin alkal allel allele_ alleles_ allerg alveol ambulat amino_ amnio amyl anaem anaes
-analges anastom anatom androg anem anesth aneurysm angina angio anorex antagonist anterior antibacterial
-antibiot antibod anticoag antidepress antigen antimicrob antioxid antisense antiser antisera antivir
-anxiety_ aort apopto arrhythm arter arthr arthroscop aspirin assay asthma ataxi atheroscl atri atroph autism
-autoantib autoimmun autolog autopsy autosom axon bacill bacter bacteria baseline_ benign_ bilateral biliru
-biochem biolog biomarker biomed biops bladder blast blood_ blot_ blots_ bolus bone_ bones_ bowel_ brain_
-brains_ breast_ bronch buffer cadaver calcif calcium_ cancer cannul capillar carbohyd carcin cardia cardio
-cardiomy carotid cartilag catalyz cataract catheter cell_ cells_ cellular_ centrifug centromer cephal
-cerebell cerebr cervic chemo chemokin chloride_ cholera cholest chondr chromatin chromos chromosom chronic
-cilia cirrho clinic clone_ cloned_ clones_ cloning_ coagul coccus cochlea cognit cohort_ colitis collagen
-colon_ colonoscop colorectal coma_ comatose comorbid comparator congenital conjug contracep cornea coronary_
-coronavir cortex_ cortic covid cranial cultured_ cutaneous cyst_ cysti cysts_ cyte cyto cytokin deaf
-defibrill deficien dehydr dementia denatur dendr dental_ depress dermat detoxif diabet diagnos dialy
-diaphragm diarrh diastol dietary_ differentiation dimer diphther disease disorder dissect distal diuret dizz
-dna_ dopamin dorsal dosage dose_ doses_ drug_ drugs_ duoden dysfunc dyspha dyspn dystroph ecg_ eczema edema
-efficacy effus elderly electrophor embol embryo emphysem encephal endemic endocrin endometr endosc endothel
-enteric enzym enzyme eosin epidem epiderm epilep epithel epitop erythro esophag estradiol estrogen ethanol
-etiol etiolog euthan exon_ exons_ expressed_ expression_ fasting_ fatal fatty_ febrile femor femur fertil
-fetal fetus fever fibrill fibrin fibro fibros flexion fluoresc foetal foetus follicl fractures_ fungal gait_
-gamete gangli ganglia gastr gastroenter gel_ gene_ genes_ genet genital genom genotyp geriatr germline
-gestat gingiv glauc glia_ glial globin globulin glomerul gluc glut glyc gonad graft granul gynaec gynec haem
-headache heart_ hematol hematop hemi hemo hepar hepat hepatocyt hernia herpes heterozyg hippocamp histoch
-histol histon histop hiv_ homeosta homogenat homolog homozyg hormon hospice hospital human_ hybridi hydroxy
-hyper hypoc hypog hypok hypom hypona hypop hypoten hypothal hypothyr hypov hypox iatrogen ileum imaging_
-immun immuno immunoblot implant incidence_ incubat infant_ infants_ infarct infect inflam influenza infus
-ingest inhal inhibit injection injections_ inocul inpatient insomnia insulin interferon interleukin intestin
-intoxic intracell intraven intron introns_ intubat invasive_ ischaem ischem isoform jaundice keratin
-keratinocyt kidney kinase kinase_ knee_ knockout laborator laparos larvae laryn larynx lesion leuco leuk
-leukaem leukem ligament ligand limb_ limbs_ lipid lipo liver_ loci_ locus_ lumbar lumen lung_ lungs_ lupus
-lymph lymphoma lysate lysis lyso macroph malari malform malign malnutr mamm marrow_ mast_ mastect mastit
-measles medial medic meiosis meiotic melano membran mening menopaus menstr mental_ mesench metabol metasta
-methyl mice_ microarray microb microg microsat microsc microtub mitochond mitosis mitotic molecul monoclonal
-morbid morphin morpholog mortality_ mouse_ mri_ mrna_ mucos mucus multicent murine_ muscle muscul mutagen
-mutant mutat myalg myco myelin myelo myo nasal nausea necro neonat neoplas nephr nerve neur neurol neutroph
-nuclei nucleot nucleus_ nurs nutri obes obesity_ obstet ocular oedema oestrogen oligo onco oncol ophthal
-opioid oral_ organism_ organisms_ orthop ossif osteo otitis outbreak outcome_ outcomes_ outpatient ovar ovul
-oxid oxygen_ oxytoc paediatr pain_ palat palliat palsy pancrea paraly parasit parathyr pathogen patholog
-pathway patient pcr_ pediatr pelvic pelvis penicill peptid perfus perinat periton peroxid phag pharmac
-pharyn phenotyp phosph phosphatase physician physiol pituit placebo placent plague plasm plasma_ plasmid
-platelet pleur pneumo pneumon polyclonal polymerase polymorph polyp_ polyps_ postmenop postnatal postoper
-posttrans potassium_ pregnan prematur prenatal preoper prescri prevalen primer primer_ primers_ progenitor
-progester prognos prolif prophyla prostat prosthe protease protein proteol proximal psych psychiat pubert
-pulmon quantif radiograph radiolog radiother randomi rash_ rat_ rats_ receptor recombin rectal recurrence_
-reflex_ rehabilit relapse remission renal reperfus resect respirat resuscit retina retrovir rheum ribos rna_
-rodent rostral saline_ saliva sarcoma scarring schizo schizoph sclera sclero sediment seizure sensory_
-sepsis septic serotonin serotyp serum severity sex_ sexual siblings_ skelet skin_ skull_ sleep_ smallpox
-smear smok sodium_ somat species specimen sperm spinal spine_ spleen sputum stem_ stenos steroid stethosc
-stillbirth stoma stool_ stools_ stroke_ subcell subcellular subcut substrate subtype_ suicid supernat surger
-surgic suscept swell symptom synap syncop syndrom synov syphil syring systol tachy telomer tendon terat
-testic testis testost tetan therap thorac thorax thromb thym thyro tibia tissue titer titre tomogra tonsil
-toxi trachea transcri transduc transfect transfus transgen translocat transplant trauma triage trypsin
-tryptophan tuberc tubercul tumor_ tumors_ tumour typhoid ulcer ultraso umbilic unilateral urethr urin urolog
-uterine uterus uvea vaccin vagin vagus_ vascul vasculit vein_ veins_ venous_ ventilat ventral ventric
-vertebr vesic viable_ viral_ virol virul virus viscera vitamin vitro_ vivo_ vomit ward_ wards_ wildtype
-womb_ wound_ wounds_ xeno yeast zebrafish zygot
-""".split())
+# %% ../../nbs/12_medical.ipynb #d7031ce1
+_first = """
+abdom abort abscess acetyl acid_ acidosis acids_ adeno adhesion adip adjuvant adolescen adren aetiol affinity
+agonist albumin alkal allel allerg alveol ambulat amino_ amnio amyl anaem anaes analges anastom anatom androg
+anem anesth aneurysm angina angio anorex antagonist anterior antibacterial antibiot antibod anticoag
+antidepress antigen antimicrob antioxid antisense antiser antivir anxiety_ aort apopto arrhythm arter arthr
+aspirin assay asthma ataxi atheroscl atri atroph autism autoantib autoimmun autolog autopsy autosom axon
+bacill bacter baseline_ benign_ bilateral biliru biochem biolog biomarker biomed biops bladder blast blood_
+blot_ blots_ bolus bone_ bones_ bowel_ brain_ brains_ breast_ bronch buffer cadaver calcif calcium_ cancer
+cannul capillar carbohyd carcin cardia cardio carotid cartilag catalyz cataract catheter cell_ cells_
+cellular_ centrifug centromer cephal cerebell cerebr cervic chemo chloride_ cholera cholest chondr chromatin
+chromos chronic cilia cirrho clinic clone_ cloned_ clones_ cloning_ coagul coccus cochlea cognit cohort_
+colitis collagen colon_ colonoscop colorectal coma_ comatose comorbid congenital conjug contracep cornea
+coronary_ coronavir cortex_ cortic covid cranial cultured_ cutaneous cyst_ cysti cysts_ cyte cyto deaf
+defibrill deficien dehydr dementia denatur dendr dental_ depress dermat detoxif diabet diagnos dialy diaphragm
+diarrh diastol dietary_ differentiation dimer diphther disease disorder dissect distal diuret dna_ dopamin
+dorsal dosage dose_ doses_ drug_ drugs_ duoden dysfunc dyspha dyspn dystroph ecg_ eczema edema efficacy effus
+elderly electrophor embol embryo emphysem encephal endemic endocrin endometr endosc endothel enteric enzym
+eosin epidem epiderm epilep epithel epitop erythro esophag estradiol estrogen ethanol etiol euthan exon_
+exons_ expressed_ expression_ fasting_ fatal fatty_ febrile femor femur fertil fetal fetus fever fibrill
+fibrin fibro flexion fluoresc foetal foetus follicl fractures_ fungal gait_ gamete gangli gastr gel_ gene_
+genes_ genet genital genom genotyp geriatr germline gestat gingiv glauc glia_ glial globin globulin glomerul
+gluc glut glyc gonad graft granul gynaec gynec haem headache heart_ hematol hematop hemi hemo hepar hepat
+hernia herpes heterozyg hippocamp histoch histol histon histop hiv_ homeosta homogenat homolog homozyg hormon
+hospice hospital human_ hybridi hydroxy hyper hypoc hypog hypok hypom hypona hypop hypoten hypothal hypothyr
+hypov hypox iatrogen ileum imaging_ immun implant incidence_ incubat infant_ infants_ infarct infect inflam
+influenza infus ingest inhal inhibit injection inocul inpatient insomnia insulin interferon interleukin
+intestin intoxic intracell intraven intron intubat invasive_ ischaem ischem isoform jaundice keratin kidney
+"""
+
+# %% ../../nbs/12_medical.ipynb #af41afad
+_rest = """
+kinase knee_ knockout laborator laparos larvae laryn lesion leuco leuk ligament ligand limb_ limbs_ lipid lipo
+liver_ loci_ locus_ lumbar lumen lung_ lungs_ lupus lymph lysate lysis lyso macroph malari malform malign
+malnutr mamm marrow_ mast_ mastect mastit measles medial medic meiosis meiotic melano membran mening menopaus
+menstr mental_ mesench metabol metasta methyl mice_ microarray microb microg microsat microsc microtub
+mitochond mitosis mitotic molecul monoclonal morbid morphin morpholog mortality_ mouse_ mri_ mrna_ mucos mucus
+multicent murine_ muscle muscul mutagen mutant mutat myalg myco myelin myelo myo nasal nausea necro neonat
+neoplas nephr nerve neur neutroph nuclei nucleot nucleus_ nurs nutri obes obstet ocular oedema oestrogen oligo
+onco ophthal opioid oral_ organism_ organisms_ orthop ossif osteo otitis outbreak outcome_ outcomes_
+outpatient ovar ovul oxid oxygen_ oxytoc paediatr pain_ palat palliat palsy pancrea paraly parasit parathyr
+pathogen patholog pathway patient pcr_ pediatr pelvic pelvis penicill peptid perfus perinat periton peroxid
+phag pharmac pharyn phenotyp phosph physician physiol pituit placebo placent plague plasm platelet pleur
+pneumo polyclonal polymerase polymorph polyp_ polyps_ postmenop postnatal postoper posttrans potassium_
+pregnan prematur prenatal preoper prescri prevalen primer progenitor progester prognos prolif prophyla prostat
+prosthe protease protein proteol proximal psych pubert pulmon quantif radiograph radiolog radiother randomi
+rash_ rat_ rats_ receptor recombin rectal recurrence_ reflex_ rehabilit relapse remission renal reperfus
+resect respirat resuscit retina retrovir rheum ribos rna_ rodent rostral saline_ saliva sarcoma schizo sclera
+sclero sediment seizure sensory_ sepsis septic serotonin serotyp serum severity sex_ sexual siblings_ skelet
+skin_ skull_ sleep_ smallpox smear smok sodium_ somat species specimen sperm spinal spine_ spleen sputum stem_
+stenos steroid stethosc stillbirth stoma stool_ stools_ stroke_ subcell subcut substrate subtype_ suicid
+supernat surger surgic suscept swell symptom synap syncop syndrom synov syphil syring systol tachy telomer
+tendon terat testic testis testost tetan therap thorac thorax thromb thym thyro tibia tissue titer titre
+tomogra tonsil toxi trachea transcri transduc transfect transfus transgen translocat transplant trauma triage
+trypsin tryptophan tuberc tumor_ tumors_ tumour typhoid ulcer ultraso umbilic unilateral urethr urin urolog
+uterine uterus uvea vaccin vagin vagus_ vascul vein_ veins_ venous_ ventilat ventral ventric vertebr vesic
+viral_ virol virul virus viscera vitamin vitro_ vivo_ vomit wildtype womb_ wound_ wounds_ xeno yeast zebrafish
+zygot
+"""
+MEDICAL_TERMS = tuple(term.replace("_", " ") for term in (_first + _rest).split())
 
 # %% ../../nbs/12_medical.ipynb #469f65fc
 @lru_cache(maxsize=1 << 18)

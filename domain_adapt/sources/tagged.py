@@ -246,7 +246,7 @@ def _plain(rows: list[list[Cell]]) -> list[list[str]]:
     by_row = ({c.start: c.text for c in r} for r in rows)
     return [[r.get(at, "") for at in used] for r in by_row]
 
-# %% ../../nbs/09_tagged.ipynb #b7519fc4
+# %% ../../nbs/09_tagged.ipynb #f598e19d
 def _notes(rows: list[list[Cell]], width: int, last: bool) -> list[str]:
     "Texts of the first, or the `last`, rows that are one wide cell; these are taken out."
     out = []
@@ -255,8 +255,8 @@ def _notes(rows: list[list[Cell]], width: int, last: bool) -> list[str]:
     return out[::-1] if last else out
 
 def table_blocks(table: etree._Element, text: Callable[[etree._Element], str]) -> list[str]:
-    """A table as Markdown, lines of one wide cell above and below as paragraphs; `text` gives that of a cell. A
-    table too large to align is given row by row."""
+    """A table as Markdown, lines of one wide cell above and below as paragraphs; `text` gives that of a cell.
+    A table too large to align is given row by row."""
     grids = list(_grids(table, text))
     titles = (el for el in table.iterchildren(etree.Element) if local(el.tag) in ("caption", "title"))
     said = [t for el in titles if (t := text(el))]
