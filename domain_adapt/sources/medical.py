@@ -203,7 +203,7 @@ influenza infus ingest inhal inhibit injection inocul inpatient insomnia insulin
 intestin intoxic intracell intraven intron intubat invasive_ ischaem ischem isoform jaundice keratin kidney
 """
 
-# %% ../../nbs/12_medical.ipynb #af41afad
+# %% ../../nbs/12_medical.ipynb #11bd1d0b
 _rest = """
 kinase knee_ knockout laborator laparos larvae laryn lesion leuco leuk ligament ligand limb_ limbs_ lipid lipo
 liver_ loci_ locus_ lumbar lumen lung_ lungs_ lupus lymph lysate lysis lyso macroph malari malform malign
@@ -226,7 +226,8 @@ skin_ skull_ sleep_ smallpox smear smok sodium_ somat species specimen sperm spi
 stenos steroid stethosc stillbirth stoma stool_ stools_ stroke_ subcell subcut substrate subtype_ suicid
 supernat surger surgic suscept swell symptom synap syncop syndrom synov syphil syring systol tachy telomer
 tendon terat testic testis testost tetan therap thorac thorax thromb thym thyro tibia tissue titer titre
-tomogra tonsil toxi trachea transcri transduc transfect transfus transgen translocat transplant trauma triage
+tomogra tonsil toxi trachea transcriptas transcriptom transcripts_
+transduc transfect transfus transgen translocat transplant trauma triage
 trypsin tryptophan tuberc tumor_ tumors_ tumour typhoid ulcer ultraso umbilic unilateral urethr urin urolog
 uterine uterus uvea vaccin vagin vagus_ vascul vein_ veins_ venous_ ventilat ventral ventric vertebr vesic
 viral_ virol virul virus viscera vitamin vitro_ vivo_ vomit wildtype womb_ wound_ wounds_ xeno yeast zebrafish
