@@ -6,7 +6,7 @@
 __all__ = ['Why', 'JUDGED', 'PRESETS', 'USUAL', 'Rule', 'marked', 'of_forms', 'long_enough', 'Words', 'prose', 'judged',
            'in_language', 'about_medicine', 'preset', 'rules']
 
-# %% ../nbs/15_filters.ipynb #4896bed6
+# %% ../nbs/15_filters.ipynb #7abc8ffd
 import fnmatch, functools, re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from datatrove.pipeline.filters import (C4QualityFilter, FineWebQualityFilter, G
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.word_tokenizers import WordTokenizer
 from .params import Corpus
+from .sources.medical import on_topic
 
 # %% ../nbs/15_filters.ipynb #37c8a6ff
 Why = Callable[[Document], str | None]
@@ -76,7 +77,7 @@ def judged(*filters: BaseFilter) -> Why:
         return None
     return why
 
-# %% ../nbs/15_filters.ipynb #32c68e21
+# %% ../nbs/15_filters.ipynb #36e76e18
 @functools.cache
 def _identifier():
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -93,7 +94,6 @@ def in_language(language: str) -> Why:
 
 def about_medicine(doc: Document) -> str | None:
     "Drops documents that hardly speak of medicine."
-    from domain_adapt.sources.medical import on_topic
     return None if on_topic(doc.text) else "another topic"
 
 # %% ../nbs/15_filters.ipynb #8aa414fe

@@ -25,7 +25,7 @@ def filing(form: str, company: str, words: str) -> str:
 
 
 def some_filings(folder: Path) -> None:
-    "Three that are kept; an amendment, a copy, a short one, a full submission, a picture and a hidden file."
+    "Three that are kept; an amendment, a copy, a short one, a torn submission, a picture and a hidden file."
     (folder / "2025").mkdir(parents=True)
     (folder / "a.html").write_text(filing("10-K", "A", story(1)))
     (folder / "amended.html").write_text(filing("10-K/A", "A", story(2)))
@@ -33,7 +33,7 @@ def some_filings(folder: Path) -> None:
     (folder / "copy.html").write_text(filing("10-K", "B", story(3)).replace("<p>", "<p>\n "))
     (folder / "next.html").write_text(filing("10-K", "B", story(3)).replace("<td>2<", "<td>3<"))
     (folder / "short.html").write_text("<p>FORM 10-K</p>")
-    (folder / "all.txt").write_text("<SEC-DOCUMENT>x\n<DOCUMENT><TYPE>10-K<TEXT>x</TEXT></DOCUMENT>")
+    (folder / "all.txt").write_text("<DOCUMENT><TYPE>10-K<TEXT>x")
     (folder / "logo.jpg").write_bytes(b"\xff\xd8\x00")
     (folder / ".DS_Store").write_bytes(b"\x00")
 

@@ -53,13 +53,13 @@ def test_filings(tmp_path):
         "a-good.htm": good, "cut.htm.gz": gzip.compress(good.encode() * 50)[:-30], "empty.txt": b"", "binary.txt": bytes(range(256)) * 400,
         "unclosed.txt": SUBMISSION + DOCUMENT.format(filing("10-K", "A", story(2))) + DOCUMENT.format(filing("10-K", "B", story(3))),
         "lower.txt": (SUBMISSION + DOCUMENT.format(f"<p>{story(4)}</p>")).replace("<TYPE>", "<type>").replace("DOCUMENT>\n<t", "document>\n<t"),
-        "mixed.htm": f"<p>{story(5)} caf".encode() + b"\xe9 \xe2\x82\xac 5 \x93quoted\x94</p>", "notes.pdf": b"%PDF-1.4\n\xe2\xe3",
+        "mixed.htm": f"<p>{story(5)} caf".encode() + b"\xe9 \xe2\x82\xac 5 \x93quoted\x94.</p>", "notes.pdf": b"%PDF-1.4\n\xe2\xe3",
         "climbs.tar.gz": archive(**{"../../escaped.htm": filing("10-K", "C", story(6)).encode(), "/etc/x.htm": filing("10-K", "D", story(7)).encode()})})
     kept = {n for n, why in found.items() if why == "kept"}
     assert {"a-good.htm#0", "unclosed.txt#0", "unclosed.txt#1", "lower.txt#0", "mixed.htm#0", "climbs.tar.gz#0", "climbs.tar.gz#1"} <= kept, found
     assert found["cut.htm.gz#0"].startswith("damaged: EOFError") and found["notes.pdf#0"] == "unknown kind of file .pdf"
     assert {"empty.txt#0", "binary.txt#0"} <= found.keys() - kept
-    assert "café € 5 “quoted”" in next(d["text"] for d in records(tmp_path / "out" / "documents") if "mixed" in d["id"])
+    assert "café € 5 “quoted”." in next(d["text"] for d in records(tmp_path / "out" / "documents") if "mixed" in d["id"])
     assert not (tmp_path.parent / "escaped.htm").exists() and not list(tmp_path.rglob("escaped*"))
 
 

@@ -42,7 +42,7 @@ def test_every_document_is_kept_or_accounted_for(corpora, tmp_path):
     assert len(ids) == len(set(ids)) == 30
     reasons = {d["id"]: d["metadata"]["filter_reason"] for d in dropped}
     assert reasons["sec/logo.jpg#0"] == "unknown kind of file .jpg" and reasons[
-        "sec/all.txt#0"] == "full submission (SGML)"
+        "sec/all.txt#0"] == "document breaks off"
     assert reasons["sec/amended.html#0"] == "document type 10-K/A" and reasons[
         "sec/copy.html#0"] == "same as sec/2025/b.htm#0"
     assert reasons["prose/w.xml#1"] == "redirect" and reasons["prose/a.jsonl#6"].startswith("broken JSON")

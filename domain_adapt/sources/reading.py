@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKED', 'DAMAGE', 'Unreadable', 'record', 'not_kept', 'decode', 'Zstd', 'contents']
 
-# %% ../../nbs/08_reading.ipynb #378a25df
-import bz2, gzip, io, lzma, re, tarfile, zipfile, zlib
+# %% ../../nbs/08_reading.ipynb #b146ab9e
+import bz2, codecs, gzip, io, lzma, re, tarfile, zipfile, zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -28,11 +28,16 @@ def not_kept(reason: str, step: str = "unreadable", text: str = "", title: str =
     and the reason under which it is counted."""
     return record(text, title, dropped=step, filter_reason=reason, **more)
 
-# %% ../../nbs/08_reading.ipynb #b199d515
+# %% ../../nbs/08_reading.ipynb #b46b45f1
+def _windows(e: UnicodeDecodeError) -> tuple[str, int]:
+    "The bytes that are not UTF-8, as Windows-1252."
+    return e.object[e.start:e.end].decode("cp1252", errors="replace"), e.end
+
+codecs.register_error("windows", _windows)
+
 def decode(data: bytes) -> str:
-    "UTF-8 where it is valid, else Windows-1252."
-    try: return data.decode("utf-8-sig")
-    except UnicodeDecodeError: return data.decode("cp1252", errors="replace")
+    "UTF-8, and Windows-1252 where it is not valid."
+    return data.decode("utf-8-sig", errors="windows")
 
 # %% ../../nbs/08_reading.ipynb #fa63136a
 class Zstd(io.RawIOBase):
