@@ -59,7 +59,7 @@ def test_filings(tmp_path):
     assert {"a-good.htm#0", "unclosed.txt#0", "unclosed.txt#1", "lower.txt#0", "mixed.htm#0", "climbs.tar.gz#0", "climbs.tar.gz#1"} <= kept, found
     assert found["cut.htm.gz#0"].startswith("damaged: EOFError") and found["notes.pdf#0"] == "unknown kind of file .pdf"
     assert {"empty.txt#0", "binary.txt#0"} <= found.keys() - kept
-    assert "café € 5 “quoted”." in next(d["text"] for d in records(tmp_path / "out" / "documents") if "mixed" in d["id"])
+    assert "café €5 “quoted”." in next(d["text"] for d in records(tmp_path / "out" / "documents") if "mixed" in d["id"])
     assert not (tmp_path.parent / "escaped.htm").exists() and not list(tmp_path.rglob("escaped*"))
 
 
