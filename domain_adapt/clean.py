@@ -254,7 +254,7 @@ def _index_benchmarks(params: Params, index: Path) -> None:
     found = (pair for name, suite in params.evaluate.suites.items() for pair in suites.texts(name, suite))
     write_json(index / "done", write_index(found, index))
 
-# %% ../nbs/18_clean.ipynb #3ad43a4c
+# %% ../nbs/18_clean.ipynb #27988bab
 def _raw(file: dict, most: int = 30_000_000) -> str:
     "The beginning of a file's first member as text; empty for what does not lie on this machine."
     if "file" not in file: return ""
@@ -263,16 +263,17 @@ def _raw(file: dict, most: int = 30_000_000) -> str:
     return ""
 
 def _passage(raw: str, text: str, width: int) -> tuple[str, str]:
-    "The same passage before and after: where four words of the text's middle stand in the raw file."
-    words = [m for m in re.finditer(r"\S+", text[len(text) // 3:len(text) // 3 + 20_000])]
+    """The same passage before and after, at the first table after a third of the text if there is one: where four
+    of its words stand together in the raw file."""
+    first = max(text.find("\n| ", len(text) // 3), len(text) // 3)
+    words = list(re.finditer(r"\S+", text[first:first + 20_000]))
     for a, b in zip(words, words[3:]):
-        phrase = text[len(text) // 3 + a.start():len(text) // 3 + b.end()]
-        if "\n" not in phrase and (at := raw.find(phrase)) >= 0:
-            start = len(text) // 3 + a.start()
+        phrase, start = text[first + a.start():first + b.end()], first + a.start()
+        if not re.search(r"[|\n]", phrase) and (at := raw.find(phrase)) >= 0:
             return raw[max(at - width // 4, 0):at + width], text[max(start - width // 4, 0):start + width]
     return raw[:width], text[:width]
 
-def samples(out: Path, corpus: str, n: int = 3, width: int = 700) -> pd.DataFrame:
+def samples(out: Path, corpus: str, n: int = 3, width: int = 500) -> pd.DataFrame:
     "Passages of documents that were kept of a corpus, evenly spread over its files: id, before, after."
     files = sorted((out / "documents" / corpus).glob("*.jsonl.gz"))
     picked = [files[i * len(files) // n] for i in range(n)] if len(files) > n else files
