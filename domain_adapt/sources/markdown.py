@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNSEEN', 'BLOCKS', 'BOLD', 'parse', 'Look', 'look', 'hidden', 'visible_text', 'figures', 'Fidelity', 'fidelity',
-           'Line', 'tidy', 'lines', 'Cell', 'join_signs', 'cell_text', 'grid', 'columns', 'table_rows', 'table_lines',
-           'furniture', 'body', 'levels', 'table_markdown', 'line_markdown', 'own_markdown', 'Rendered', 'to_markdown']
+           'Line', 'tidy', 'lines', 'Cell', 'join_signs', 'cell_text', 'grid', 'columns', 'table_rows', 'header_rows',
+           'tables', 'table_lines', 'furniture', 'body', 'levels', 'table_markdown', 'line_markdown', 'own_markdown',
+           'Rendered', 'to_markdown']
 
 # %% ../../nbs/09_markdown.ipynb #318bece3
 import re
@@ -99,13 +100,14 @@ def fidelity(truth: str, text: str, furniture: str = "") -> Fidelity:
     body = seen - figures(furniture)
     return Fidelity(body.total(), (body & given).total(), (given - seen).total())
 
-# %% ../../nbs/09_markdown.ipynb #790b7977
+# %% ../../nbs/09_markdown.ipynb #c9b12c86
 @dataclass
 class Line:
-    "A paragraph (`text`), a table (`rows`) or a page break (`page`)."
+    "A paragraph (`text`), a table (`rows`, the first `header` of them its header) or a page break (`page`)."
     text: str = ""
     bold: bool = False
-    rows: list[list[str]] = field(default_factory=list)
+    rows: list[list[str | None]] = field(default_factory=list)
+    header: int = 0
     page: bool = False
 
 _sign_gap = re.compile(r" (?:(?<=[$€£¥(] )(?=[\d.(—–-])|(?<=[\d)—] )(?=[)%]))")
@@ -190,7 +192,7 @@ def join_signs(row: list[Cell]) -> list[Cell]:
         else: out.append(cell)
     return out
 
-# %% ../../nbs/09_markdown.ipynb #31137f3c
+# %% ../../nbs/09_markdown.ipynb #50d46fce
 def _span(el: etree._Element, name: str) -> int:
     "A colspan or rowspan as browsers take it."
     value = re.match(r"\s*(\d{1,9})", given) if (given := el.get(name)) else None
@@ -221,6 +223,7 @@ def grid(table: etree._Element) -> list[list[Cell]]:
         row, at = [], 0
         taken, covered = covered, Counter({c: n - 1 for c, n in covered.items() if n > 1})
         for td in tr.iterchildren("td", "th"):
+            if hidden(td) and "visibility" not in td.get("style", "").lower(): continue
             while at in taken: at += 1
             end = at + _span(td, "colspan")
             if (down := _span(td, "rowspan")) > 1: covered.update(dict.fromkeys(range(at, end), down - 1))
@@ -229,7 +232,7 @@ def grid(table: etree._Element) -> list[list[Cell]]:
         rows.append(join_signs(row))
     return [r for r in rows if r]
 
-# %% ../../nbs/09_markdown.ipynb #4298d729
+# %% ../../nbs/09_markdown.ipynb #dfb2e12b
 def columns(rows: list[list[Cell]]) -> list[int]:
     "For each grid column the number of its printed column."
     width = max(c.end for r in rows for c in r)
@@ -244,18 +247,55 @@ def columns(rows: list[list[Cell]]) -> list[int]:
         group = [names[0] if g in names else g for g in group]
     return group
 
-def table_rows(table: etree._Element) -> list[list[str]]:
-    "The printed rows of a table, signs joined, empty columns and rows dropped; each row has the same length."
+def _printed(table: etree._Element) -> list[list[str | None]]:
+    "The rows of `table_rows`, with None where the cell on the left goes on."
     rows = grid(table)
     if not rows: return []
     group = columns(rows)
     inside = {group[c.start] for r in rows for c in r if group[c.start] == group[c.end - 1]}
     place = lambda c: next((group[at] for at in range(c.start, c.end) if group[at] in inside), group[c.start])
-    placed = [{place(c): c.text for c in r} for r in rows]
-    used = sorted({g for r in placed for g in r})
+    placed = []
+    for r in rows:
+        placed.append(row := {place(c): c.text for c in r})
+        for c in r:
+            for g in group[c.start:c.end]:
+                if g > place(c): row.setdefault(g, None)
+    used = sorted({g for r in placed for g, text in r.items() if text})
     return [[r.get(g, "") for g in used] for r in placed]
 
-# %% ../../nbs/09_markdown.ipynb #5c093d59
+def table_rows(table: etree._Element) -> list[list[str]]:
+    "The printed rows of a table, signs joined, empty columns and rows dropped; each row has the same length."
+    return [[x or "" for x in r] for r in _printed(table)]
+
+# %% ../../nbs/09_markdown.ipynb #66fd7ced
+_amount = re.compile(r"(?=.*\d|[$(]*[—–-])(?:[^\W_]?[^\w]|\d|bps|pts|years?|months?|days?)*[^\W_]?")
+_year = re.compile(r"[\W_]*(?:(?:19|20)\d\d(?:\s?\(\w\)|\*+)?[\W_]*)+")
+_period = re.compile(r"\b(?:19|20)\d\d\b|\b(?:ended|months|quarter)\b", re.I)
+
+def _amounts(row: list[str | None]) -> bool:
+    "Whether a row has an amount right of its first cell; a year is none."
+    return any(x and _amount.fullmatch(x) and not _year.fullmatch(x) for x in row[1:])
+
+def header_rows(rows: list[list[str | None]]) -> int:
+    "How many rows at the top of a table are its header."
+    end = 0
+    for n, row in enumerate(rows):
+        if _amounts(row): return end
+        full = end and all(rows[end - 1][1:])
+        if full and row[0] and any(x and not _period.search(x) for x in row[1:]): return end
+        if any(row[1:]): end = n + 1
+    return int(any(rows[0][1:]))
+
+def tables(rows: list[list[str | None]]) -> list[Line]:
+    "One table for each header in `rows`, the words of a header's first column in its first row."
+    end = header_rows(rows)
+    again = next((n for n, r in enumerate(rows[end + 1:], end + 1) if not r[0] and any(r[1:])
+                  and _period.search(" ".join(filter(None, r[1:]))) and not _amounts(r)), len(rows))
+    head = [["", *r[1:]] for r in rows[:end] if any(r[1:])]
+    if head: head[0][0] = " ".join(r[0] for r in rows[:end] if r[0])
+    return [Line(rows=head + rows[end:again], header=len(head)), *(tables(rows[again:]) if rows[again:] else [])]
+
+# %% ../../nbs/09_markdown.ipynb #772bef6b
 _marker = re.compile(r"[•●▪■◦‣○·*†‡–—-]|\(?(?:\d{1,2}|[a-z]|[ivx]+)[.)]|\*+", re.I)
 
 _holds = {"tr": {"td", "th"}} | dict.fromkeys(("table", "thead", "tbody", "tfoot"),
@@ -271,10 +311,10 @@ def _regular(table: etree._Element) -> bool:
 def table_lines(table: etree._Element) -> list[Line] | None:
     "What a table prints. None where it is only layout: irregular, or one column."
     if not _regular(table): return None
-    rows = table_rows(table)
+    rows = _printed(table)
     if rows and len(rows[0]) == 1: return None
-    listed = all(len(r) == 2 and _marker.fullmatch(r[0]) for r in rows)
-    if len(rows) > 1 and not listed: return [Line(rows=rows)]
+    listed = all(len(r) == 2 and _marker.fullmatch(r[0] or "") for r in rows)
+    if len(rows) > 1 and not listed: return tables(rows)
     bold = all(line.bold for td in table.iter("td", "th") for line in lines(td))
     return [Line(" ".join(filter(None, r)), bold=bold) for r in rows]
 
@@ -336,13 +376,13 @@ def furniture(found: list[Line]) -> set[int]:
             out.add(i)
     return out
 
-# %% ../../nbs/09_markdown.ipynb #9456b07a
+# %% ../../nbs/09_markdown.ipynb #c07383f1
 _rule = re.compile(r"[\s_=–—-]{3,}")
 
 def _continued(last: Line, line: Line) -> Line | None:
     "The line that two make across a page break; None where they are two."
-    if last.rows and line.rows and len(last.rows[0]) == len(line.rows[0]):
-        return Line(rows=last.rows + line.rows)
+    if last.rows and line.rows and len(last.rows[0]) == len(line.rows[0]) and not line.header:
+        return Line(rows=last.rows + line.rows, header=last.header)
     if last.rows or not re.match(r"[a-z]", line.text) or not re.search(r"[\w,]$", last.text): return None
     return Line(f"{last.text} {line.text}", bold=last.bold and line.bold)
 
@@ -372,17 +412,19 @@ def levels(text: list[Line]) -> list[int]:
     first = next((i for i, n in enumerate(out) if n in (1, 2)), 0)
     return [0] * first + out[first:]
 
-# %% ../../nbs/09_markdown.ipynb #eccd98ff
+# %% ../../nbs/09_markdown.ipynb #b7e4deb4
 _bullet = re.compile(r"[•●▪■◦‣○·]\s*")
 
-def table_markdown(rows: list[list[str]]) -> str:
-    "A Markdown table without padding; its first row is the header."
-    row = lambda cells: "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
-    return "\n".join([row(rows[0]), "|" + "---|" * len(rows[0]), *map(row, rows[1:])])
+def table_markdown(rows: list[list[str | None]], header: int) -> str:
+    "A Markdown table without padding, an empty first row where it has no header; None continues a cell."
+    text = lambda row: "|" + "".join("|" if c is None else f" {c.replace('|', chr(92) + '|')} |" for c in row)
+    head, *more = rows if header else [[""] * len(rows[0]), *rows]
+    plain = [[c or "" for c in row] for row in more[max(header - 1, 0):]]
+    return "\n".join([text(head), "|" + "---|" * len(head), *map(text, more[:max(header - 1, 0)]), *map(text, plain)])
 
 def line_markdown(line: Line, level: int) -> str:
     "Our own Markdown of one line."
-    if line.rows: return table_markdown(line.rows)
+    if line.rows: return table_markdown(line.rows, line.header)
     if level: return "#" * level + " " + line.text.replace("\n", " ")
     return "- " + line.text[m.end():].replace("\n", " ") if (m := _bullet.match(line.text)) else line.text
 
