@@ -1,6 +1,7 @@
 """Filings: figures kept and none made up, nothing hidden shown, tables as printed, furniture apart."""
 import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from domain_adapt import assets
-from domain_adapt.sources.markdown import (fidelity, figures, lines, parse, table_rows, to_markdown,
-                                           visible_text)
+from domain_adapt.sources.markdown import (fidelity, figures, lines, parse, signs_joined, table_rows, tables,
+                                           to_markdown, visible_text)
 from domain_adapt.sources.reading import Unreadable, decode
 
 BREAK = '<hr style="page-break-after:always"/>'
@@ -293,3 +294,51 @@ def test_visible_text_is_what_chromium_shows(tmp_path, dev_data):
             assert figures(shown) == figures(visible_text(decode(file.read_bytes()))), file
             page.close()
         browser.close()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("page", [
+    "<div>" * 100_000 + "1", "<table><tr><td>" * 50_000 + "1", "<p>" + '<span style="padding-left:3pt">' * 5000 + "1",
+    "<table><tr>" + "<td colspan=1000>1</td>" * 3000 + "</tr></table>",
+    "<table>" + ("<tr>" + "<td rowspan=9999 colspan=1000>1</td>" * 30 + "</tr>") * 60 + "</table>",
+    "<p " + " ".join(f"a{n}=1" for n in range(100_000)) + ">1</p>"])
+def test_a_page_that_would_hang_a_parser_is_refused(page):
+    start = time.perf_counter()
+    with pytest.raises(Unreadable): to_markdown(page)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("page", [
+    "<p>" + "<?xml " * 1_000_000 + "<p>1", "<p style='" + "font-weight" + " " * 1_000_000 + "'>1</p>", "<p>" + "1 $ " * 1_000_000,
+    "<p>" + "<b><i><td><tr>" * 30_000 + "1", "<p>" + "_ " * 1_000_000 + "x", "<p>" + "-" * 1_000_000 + f"x</p>{BREAK}",
+    f"<p>(in millions)</p>{BREAK}" * 10_000, "<table><tr><td>a<td>" + "1," * 500_000 + "x!<tr><td>b<td>" + "2023 " * 100_000,
+    "<table>" + "<tr><td><td>2023<td>2024<tr><td>a<td>1<td>2" * 5000,
+    "<table><tr><td>a<td>1<tr><td>a<td>1</table>" + BREAK * 5000])
+def test_a_page_that_would_hang_our_patterns_is_read_in_seconds(page):
+    start = time.perf_counter()
+    check(page)
+    assert time.perf_counter() - start < 10
+
+
+def test_a_page_over_the_limit_is_refused_by_its_size(monkeypatch):
+    monkeypatch.setattr("domain_adapt.sources.markdown.MAX", 3_000_000)
+    with pytest.raises(Unreadable, match="HTML of 4 MB, more than 3"): parse("<p>" + "1" * 4_000_000)
+
+
+def test_a_table_of_contracts_is_not_cut_at_its_dates():
+    rows = [["(4)", "Indentures", ""], ["", "(a)", f"By-laws of 2019, {'as amended ' * 9}"], ["", "(b)", "Notes of 2020"]]
+    assert len(tables(rows)) == 1
+
+
+def test_an_undisplayed_cell_takes_no_column():
+    row = "<tr><td>Sales</td><td>{}1</td><td>{}2</td></tr>".format
+    head = "<tr><td></td><td colspan=3 style='display:none'></td><td>2025</td><td>2024</td></tr>"
+    assert table(f"<table>{head}{row(1, 2)}</table>") == [["", "2025", "2024"], ["Sales", "11", "22"]]
+
+
+def test_signs_torn_from_their_figure_are_seen():
+    root = parse("<table><tr><td>a</td><td>$</td><td>5</td><td>(</td><td>6</td><td>)%</td></tr></table><p>$7</p>")
+    assert signs_joined(root, to_markdown(root).text) == 1
+    assert signs_joined(root, "| a | $ | 5 | ( | 6 | )% |\n$7") == 0
+    assert signs_joined(root, "| a | $5 | ( | 6 | )% |\n$7") == pytest.approx(1 / 3)
