@@ -246,6 +246,7 @@ def faithful(path: Path) -> None:
     assert score.kept == score.body > 1000 and score.invented == 0, score
     assert words(rendered.text) + words(furniture) == words(truth)
     assert not (set(words("\n".join(root.itertext()))) - set(words(truth))) & set(words(rendered.text))
+    assert signs_joined(root, rendered.text) >= 0.98
     assert max(map(len, rendered.furniture)) < 150
     assert figures(furniture).total() <= 3 * (sum(x.page for x in found) + 1)
     loose = re.compile(r"[$€£)%]|\)%")

@@ -285,9 +285,9 @@ def table_rows(table: etree._Element) -> list[list[str]]:
     "The printed rows of a table, signs joined, empty columns and rows dropped; each row has the same length."
     return [[x or "" for x in r] for r in _printed(table)]
 
-# %% ../../nbs/09_markdown.ipynb #00765838
+# %% ../../nbs/09_markdown.ipynb #0c8bd34e
 _amount = re.compile(r"(?=.*\d|[$(]*[—–-])(?:[^\W_]?[^\w]|\d|bps|pts|years?|months?|days?)*[^\W_]?")
-_year = re.compile(r"[\W_]*(?:(?:\d\d?/\d\d?/)?(?:19|20)\d\d(?:\s?\(\w\)|\*+)?[\W_]*)+")
+_year = re.compile(r"[\W_]*(?:(?:\d\d?/\d\d?/)?(?:19|20)\d\d(?:-\w{1,2}|\s?\(\w\)|\*+)?[\W_]*)+")
 _period = re.compile(r"\b(?:19|20)\d\d\b|\b(?:ended|months|quarter)\b", re.I)
 
 def _amounts(row: list[str | None]) -> bool:
@@ -472,7 +472,7 @@ def to_markdown(page: str | etree._Element) -> Rendered:
     text, apart = body(lines(parse(page) if isinstance(page, str) else page))
     return Rendered(own_markdown(list(zip(text, levels(text)))), apart)
 
-# %% ../../nbs/09_markdown.ipynb #45c829e8
+# %% ../../nbs/09_markdown.ipynb #5ff77110
 _sign = re.compile(r"[$€£¥(]\s*(?=[\d.])|(?<=\d)\s*[%)]")
 _joined = re.compile(r"[$€£¥(](?=[\d.])|(?<=\d)[%)]")
 
@@ -489,13 +489,13 @@ def compare(pages: Iterable[str]) -> pd.DataFrame:
     from datatrove.pipeline.extractors import Trafilatura
     plain = Trafilatura(timeout=60).extract
     run = {"domain_adapt": lambda p: to_markdown(p).text, "datatrove": plain,
-           "trafilatura": lambda p: trafilatura.extract(p, output_format="markdown") or ""}
+           "trafilatura": lambda p: trafilatura.extract(p, output_format="markdown")}
     pages, table = list(pages), []
     size = sum(len(p.encode(errors="replace")) for p in pages) / 1e6
     seen = [(root := parse(p), visible_text(root), "\n".join(to_markdown(root).furniture)) for p in pages]
     for name, convert in run.items():
         start = time.perf_counter()
-        texts = [convert(p) for p in pages]
+        texts = [convert(p) or "" for p in pages]
         seconds = time.perf_counter() - start
         found = [fidelity(truth, text, apart) for (_, truth, apart), text in zip(seen, texts)]
         body = sum(f.body for f in found) or 1
