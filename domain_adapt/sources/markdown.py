@@ -21,7 +21,7 @@ import trafilatura
 from lxml import etree
 from .reading import Unreadable
 
-# %% ../../nbs/09_markdown.ipynb #eb7b5fe1
+# %% ../../nbs/09_markdown.ipynb #6aa8c425
 _submission = re.compile(r"<SEC-DOCUMENT>|<SUBMISSION>|<IMS-DOCUMENT>|-----BEGIN PRIVACY-ENHANCED", re.I)
 _envelope = re.compile(r"\s*<DOCUMENT>.*?<TEXT>", re.I | re.S)
 _outer = re.compile(r"<(?:/(?:body|html)\s*|/?XBRL|\?xml[^<>]*)>", re.I)
@@ -30,8 +30,8 @@ _any_html = re.compile(r"<(?:html|body|div|p|pre|span|font|ul|ol|h\d|t[rd])\b", 
 MAX = 100_000_000
 
 def parse(page: str) -> etree._Element:
-    """The tree of one HTML document. Raises `Unreadable` for full submissions, for what holds no HTML, for more
-    than `MAX` characters and for what is nested too deep."""
+    """The tree of one HTML document. Raises `Unreadable` for full submissions, for what holds no HTML, for
+    more than `MAX` characters and for what is nested too deep."""
     if len(page) > MAX: raise Unreadable(f"HTML of {len(page) / 1e6:.0f} MB, more than {MAX / 1e6:.0f}")
     if _submission.search(page[:2000]) or len(re.findall(r"<DOCUMENT>", page, re.I)) > 1:
         raise Unreadable("full submission (SGML)")
@@ -147,7 +147,7 @@ class _Collector:
         if text: self.lines.append(Line(text, bold=self.bold and not self.plain))
         self.parts, self.bold, self.plain = [], False, False
 
-# %% ../../nbs/09_markdown.ipynb #74824d7d
+# %% ../../nbs/09_markdown.ipynb #7227acce
 def lines(root: etree._Element) -> list[Line]:
     "The lines, tables and page breaks below `root`, in order."
     out, bold, pre = _Collector(), [False], 0
@@ -171,7 +171,8 @@ def lines(root: etree._Element) -> list[Line]:
             walk.skip_subtree()
             continue
         if tag == "br": out.add("\n", False, kept=True)
-        elif here.apart or here.gap and not next(filter(None, el.itertext()), "")[:1].isdigit(): out.add(" ", False)
+        elif here.apart or here.gap and not next(filter(None, el.itertext()), "")[:1].isdigit():
+            out.add(" ", False)
         pre += tag == "pre"
         out.add(el.text, bold[-1], kept=pre > 0)
     out.end()
@@ -204,7 +205,7 @@ def join_signs(row: list[Cell]) -> list[Cell]:
         else: out.append(cell)
     return out
 
-# %% ../../nbs/09_markdown.ipynb #94cec338
+# %% ../../nbs/09_markdown.ipynb #4b810407
 def _span(el: etree._Element, name: str) -> int:
     "A colspan or rowspan as browsers take it."
     value = re.match(r"\s*(\d{1,9})", given) if (given := el.get(name)) else None
@@ -230,7 +231,7 @@ def cell_text(td: etree._Element) -> str:
 MAX_COLUMNS, MAX_SLOTS = 1000, 1_000_000
 
 def grid(table: etree._Element) -> list[list[Cell]]:
-    "The cells of a table that hold text, with their columns, row by row. Raises `Unreadable` where it is vast."
+    "The cells of a table that hold text, with their columns, row by row. Raises `Unreadable` if it is vast."
     rows, covered, slots = [], Counter(), 0
     for tr in table.iter("tr"):
         if hidden(tr): continue
@@ -241,7 +242,7 @@ def grid(table: etree._Element) -> list[list[Cell]]:
             while at in taken: at += 1
             end = at + _span(td, "colspan")
             slots += end - at
-            if end > MAX_COLUMNS or slots + len(taken) > MAX_SLOTS: raise Unreadable(f"a table of {end} columns")
+            if end > MAX_COLUMNS or slots > MAX_SLOTS: raise Unreadable("a table of too many cells")
             if (down := _span(td, "rowspan")) > 1: covered.update(dict.fromkeys(range(at, end), down - 1))
             if text := cell_text(td): row.append(Cell(at, end, text))
             at = end
@@ -249,7 +250,7 @@ def grid(table: etree._Element) -> list[list[Cell]]:
         rows.append(join_signs(row))
     return [r for r in rows if r]
 
-# %% ../../nbs/09_markdown.ipynb #52af4424
+# %% ../../nbs/09_markdown.ipynb #5cc81ab6
 def columns(rows: list[list[Cell]]) -> list[int]:
     "For each grid column the number of its printed column."
     width = max(c.end for r in rows for c in r)
@@ -260,7 +261,8 @@ def columns(rows: list[list[Cell]]) -> list[int]:
     spans = dict.fromkeys((c.start, c.end) for r in rows for c in r)
     for start, end in sorted(spans, key=lambda span: span[1] - span[0]):
         merged, names = {}, sorted(set(group[start:end]))
-        if len(names) == 1 or any(merged.setdefault(n, x) != x for g in names for n, x in held[g].items()): continue
+        if len(names) == 1: continue
+        if any(merged.setdefault(n, x) != x for g in names for n, x in held[g].items()): continue
         held[names[0]] = merged
         group = [names[0] if g in names else g for g in group]
     return group
@@ -285,7 +287,7 @@ def table_rows(table: etree._Element) -> list[list[str]]:
     "The printed rows of a table, signs joined, empty columns and rows dropped; each row has the same length."
     return [[x or "" for x in r] for r in _printed(table)]
 
-# %% ../../nbs/09_markdown.ipynb #0c8bd34e
+# %% ../../nbs/09_markdown.ipynb #dbfbbadc
 _amount = re.compile(r"(?=.*\d|[$(]*[—–-])(?:[^\W_]?[^\w]|\d|bps|pts|years?|months?|days?)*[^\W_]?")
 _year = re.compile(r"[\W_]*(?:(?:\d\d?/\d\d?/)?(?:19|20)\d\d(?:-\w{1,2}|\s?\(\w\)|\*+)?[\W_]*)+")
 _period = re.compile(r"\b(?:19|20)\d\d\b|\b(?:ended|months|quarter)\b", re.I)
@@ -306,7 +308,7 @@ def header_rows(rows: list[list[str | None]]) -> int:
 
 def _begins(row: list[str | None]) -> bool:
     "Whether a row below the header can begin another one: no label, no amount, and a year or period."
-    return not row[0] and bool(_period.search(" ".join(x for x in row if x and len(x) < 80))) and not _amounts(row)
+    return not row[0] and any(x and len(x) < 80 and _period.search(x) for x in row) and not _amounts(row)
 
 def tables(rows: list[list[str | None]]) -> list[Line]:
     "One table for each header in `rows`, the words of a header's first column in its first row."
@@ -440,15 +442,15 @@ def levels(text: list[Line]) -> list[int]:
     first = next((i for i, n in enumerate(out) if n in (1, 2)), 0)
     return [0] * first + out[first:]
 
-# %% ../../nbs/09_markdown.ipynb #b7e4deb4
+# %% ../../nbs/09_markdown.ipynb #748e6bd1
 _bullet = re.compile(r"[•●▪■◦‣○·]\s*")
 
 def table_markdown(rows: list[list[str | None]], header: int) -> str:
     "A Markdown table without padding, an empty first row where it has no header; None continues a cell."
     text = lambda row: "|" + "".join("|" if c is None else f" {c.replace('|', chr(92) + '|')} |" for c in row)
-    head, *more = rows if header else [[""] * len(rows[0]), *rows]
-    plain = [[c or "" for c in row] for row in more[max(header - 1, 0):]]
-    return "\n".join([text(head), "|" + "---|" * len(head), *map(text, more[:max(header - 1, 0)]), *map(text, plain)])
+    plain = [[c or "" for c in row] for row in rows[header:]]
+    head, *more = [*(rows[:header] or [[""] * len(rows[0])]), *plain]
+    return "\n".join([text(head), "|" + "---|" * len(head), *map(text, more)])
 
 def line_markdown(line: Line, level: int) -> str:
     "Our own Markdown of one line."
@@ -472,7 +474,7 @@ def to_markdown(page: str | etree._Element) -> Rendered:
     text, apart = body(lines(parse(page) if isinstance(page, str) else page))
     return Rendered(own_markdown(list(zip(text, levels(text)))), apart)
 
-# %% ../../nbs/09_markdown.ipynb #5ff77110
+# %% ../../nbs/09_markdown.ipynb #cdb59914
 _sign = re.compile(r"[$€£¥(]\s*(?=[\d.])|(?<=\d)\s*[%)]")
 _joined = re.compile(r"[$€£¥(](?=[\d.])|(?<=\d)[%)]")
 
@@ -484,8 +486,8 @@ def signs_joined(root: etree._Element, text: str) -> float:
     return min(max(len(_joined.findall(text)) - prose, 0) / inside, 1.0) if inside else 1.0
 
 def compare(pages: Iterable[str]) -> pd.DataFrame:
-    """Our Markdown beside trafilatura's and DataTrove's on the same HTML pages: converter, figures_kept (share of
-    the body's), figures_invented (of those printed), signs_joined (mean share), seconds and mb_per_s."""
+    """Our Markdown beside trafilatura's and DataTrove's on the same pages: converter, figures_kept (share
+    of the body's), figures_invented (of those printed), signs_joined (mean share), seconds and mb_per_s."""
     from datatrove.pipeline.extractors import Trafilatura
     plain = Trafilatura(timeout=60).extract
     run = {"domain_adapt": lambda p: to_markdown(p).text, "datatrove": plain,
@@ -501,7 +503,7 @@ def compare(pages: Iterable[str]) -> pd.DataFrame:
         body = sum(f.body for f in found) or 1
         table.append(dict(converter=name, figures_kept=sum(f.kept for f in found) / body,
                           figures_invented=sum(f.invented for f in found) / body, seconds=seconds,
-                          signs_joined=sum(signs_joined(r, t) for (r, *_), t in zip(seen, texts)) / len(pages),
+                          signs_joined=sum(signs_joined(s[0], t) for s, t in zip(seen, texts)) / len(pages),
                           mb_per_s=size / seconds))
     columns = "converter figures_kept figures_invented signs_joined seconds mb_per_s".split()
     return pd.DataFrame(table, columns=columns)
