@@ -61,7 +61,7 @@ def leaves(el: etree._Element, path: Path) -> Iterator[tuple[Path, str]]:
         for kid in el.iterchildren(etree.Element): yield from leaves(kid, (*path, label(kid.tag)))
     elif said := value(el): yield path, said
 
-# %% ../../nbs/09_forms.ipynb #50bc2879
+# %% ../../nbs/09_forms.ipynb #9473730b
 MOST_COLUMNS = 60
 
 def _names(paths: list[Path]) -> list[str]:
@@ -80,7 +80,7 @@ def records(rows: list[etree._Element]) -> str:
     if len(paths) > MOST_COLUMNS:
         return "\n\n".join("\n".join(f"{' '.join(k)}: {v}" for k, v in row.items()) for row in found)
     rows_of = [[row.get(path, "") for path in paths] for row in found]
-    return table_markdown([_names(paths), *rows_of]) if paths else ""
+    return table_markdown([_names(paths), *rows_of], 1) if paths else ""
 
 # %% ../../nbs/09_forms.ipynb #7a3a7783
 def _sections(el: etree._Element, level: int) -> Iterator[str]:
@@ -124,7 +124,7 @@ COLUMNS = {"securityTitle": "Security", "transactionCoding": "Transaction", "tra
            "valueOwnedFollowingTransaction": "Value owned afterwards",
            "directOrIndirectOwnership": "Ownership", "natureOfOwnership": "Nature of ownership"}
 
-# %% ../../nbs/09_forms.ipynb #40453e47
+# %% ../../nbs/09_forms.ipynb #d2a4562e
 FLAGS = {"0": False, "false": False, "1": True, "true": True}
 
 def _yes(el: etree._Element) -> bool: return FLAGS.get(value(el).lower(), False)
@@ -146,7 +146,7 @@ def _holdings(table: etree._Element | None) -> str:
     "The transactions and holdings of one table."
     found = [_holding(row) for row in (table if table is not None else ())]
     names = list(dict.fromkeys(name for row in found for name in row))
-    return table_markdown([names, *([row.get(name, "") for name in names] for row in found)]) if names else ""
+    return table_markdown([names, *([row.get(name, "") for name in names] for row in found)], 1) if names else ""
 
 # %% ../../nbs/09_forms.ipynb #7bcc5cfa
 _roles = {"isDirector": "director", "isOfficer": "officer", "isTenPercentOwner": "ten percent owner",

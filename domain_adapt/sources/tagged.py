@@ -246,7 +246,7 @@ def _plain(rows: list[list[Cell]]) -> list[list[str]]:
     by_row = ({c.start: c.text for c in r} for r in rows)
     return [[r.get(at, "") for at in used] for r in by_row]
 
-# %% ../../nbs/09_tagged.ipynb #f598e19d
+# %% ../../nbs/09_tagged.ipynb #610adbea
 def _notes(rows: list[list[Cell]], width: int, last: bool) -> list[str]:
     "Texts of the first, or the `last`, rows that are one wide cell; these are taken out."
     out = []
@@ -270,7 +270,7 @@ def table_blocks(table: etree._Element, text: Callable[[etree._Element], str]) -
     width = max((c.end for r in rows for c in r), default=0)
     above, below = _notes(rows, width, False), _notes(rows, width, True)
     rows = _aligned(rows) if len(grids) > 1 else _plain(rows)
-    return [*said, *above, *([table_markdown(rows)] if rows else []), *below]
+    return [*said, *above, *([table_markdown(rows, 1)] if rows else []), *below]
 
 # %% ../../nbs/09_tagged.ipynb #b26bdab9
 _bullet = re.compile(r"[•●▪■◦‣○·–—-]\s+")
