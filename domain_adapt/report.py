@@ -52,9 +52,9 @@ def tradeoff_table(gain: dict[str, dict | None], change: dict[str, dict | None])
                                         "forgetting_low", "forgetting_high"])
     return table.assign(on_front=figures.front(table["gain"], table["forgetting"]) if rows else False)
 
-# %% ../nbs/61_report.ipynb #872730c7
-TABLES = {"funnel": "ingest", "mixture": "tokens", "sweep": "merge", "geometry": "merge",
-          "perplexity": "evaluate",
+# %% ../nbs/61_report.ipynb #0bc0c079
+TABLES = {"funnel": "ingest", "dropped": "ingest", "lengths": "ingest", "mixture": "tokens", "sweep": "merge",
+          "geometry": "merge", "perplexity": "evaluate",
           "benchmarks": "evaluate", "comparisons": "evaluate", "blocks": "evaluate"}
 
 def _json(path: Path) -> dict: return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -233,13 +233,14 @@ def plate_html(plate: Plate, data: pd.DataFrame, number: int) -> str:
     table = fold(f"Table: {n} rows · {table_link(plate.table)}", table, n <= 10)
     return f'<figure class="plate" id="figure-{number}">{drawn}{caption}</figure>{table}'
 
-# %% ../nbs/61_report.ipynb #5b58f289
+# %% ../nbs/61_report.ipynb #584d8dd6
 CAPTIONS = {
     "tradeoff": "What the domain gained against what general text lost, in % of the original's bits per "
                 "byte, with 95 % paired intervals; dashed: the variants no other beats on both. "
                 "{domain}; {general}.",
     "funnel": "Documents and characters left of each corpus after each step; a bar is the share of the "
               "characters read.",
+    "lengths": "Documents kept of each corpus by their length, a bar for each doubling.",
     "metrics": "Loss of the training batches, held-out loss of each corpus (marked), and learning rate. "
                "n = {steps} steps; one run, so no interval.",
     "mixture": "Share of each corpus in the training tokens, asked for (ring) and drawn (dot).",
@@ -261,7 +262,7 @@ def facts(tables: dict[str, pd.DataFrame], summary: dict) -> dict[str, str]:
                 items=" to ".join(f"{n:,}" for n in dict.fromkeys(items[:1] + items[-1:])),
                 select=listed(f"{len(b):,} ({c})" for c, b in half.groupby("corpus", sort=False)))
 
-# %% ../nbs/61_report.ipynb #708df126
+# %% ../nbs/61_report.ipynb #da53eef3
 SCORES = ["variant", "corpus", "documents", "blocks", "tokens", "token_perplexity", "bits_per_byte", "ci_low",
           "ci_high"]
 ITEMS = ["variant", "task", "metric", "value", "ci_low", "ci_high", "n", "fewshot"]
@@ -276,6 +277,7 @@ def plates(tables: dict[str, pd.DataFrame], summary: dict, params: Params) -> li
     measured = lambda kind: lambda t, width: figures.perplexity(t, kind, width=width)
     order = [("tradeoff", "Gain against forgetting", figures.tradeoff),
              ("funnel", "What was read and kept", figures.funnel),
+             ("lengths", "How long the documents are", figures.lengths),
              ("metrics", "Loss and learning rate", lambda t, width: figures.loss(t, kinds, width=width)),
              ("mixture", "Mixture", figures.mixture), ("domain", "Domain perplexity", measured("domain")),
              ("benchmarks", "Benchmarks", figures.benchmarks),

@@ -171,7 +171,7 @@ def _code(stage: str) -> dict[str, str]:
     code = {str(f.relative_to(PACKAGE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     return {"work": digest(_cells(stage, "work")), **code}
 
-# %% ../nbs/02_runs.ipynb #d46c450d
+# %% ../nbs/02_runs.ipynb #123f91c3
 def local_path(path: str) -> Path | None:
     "`path` if it exists: absolute, or below the current folder or this clone. None otherwise."
     found = (p for p in (Path(path).expanduser(), ROOT / path) if p.exists())
@@ -190,7 +190,7 @@ def _section(params: Params, stage: str) -> Any:
     evaluate = p["evaluate"]
     return {
         "ingest": lambda: [{n: {k: v for k, v in c.items() if k != "heldout"} for n, c in p["corpora"].items()},
-                           {k: v for k, v in p["ingest"].items() if k not in ("workers", "slurm", "copy_to")},
+                           {k: v for k, v in p["ingest"].items() if k not in ("workers", "slurm", "copy_to", "max_failed_fraction")},
                            [fingerprint(c.path) for c in params.corpora.values() if c.path],
                            [(n, s.data, fingerprint(s.data)) for n, s in params.evaluate.suites.items() if params.ingest.decontaminate]],
         "tokens": lambda: [p["model"], fingerprint(params.model), {n: c["heldout"] for n, c in p["corpora"].items()}, p["tokens"], p["seed"]],

@@ -104,6 +104,10 @@ def _ingest(folder: Path) -> None:
             ("news", "not repeated", 295, 377_000)]
     write_csv(folder / "funnel.csv", pd.DataFrame(rows, columns=["corpus", "step", "documents",
                                                                  "characters"]))
+    write_csv(folder / "lengths.csv", pd.DataFrame([(c, 2 ** n, 40 - 3 * n) for c in KINDS for n in range(9, 13)],
+                                                   columns=["corpus", "from_characters", "documents"]))
+    dropped = [("wiki", "too_short", "n words", 8, 50_000), ("news", "copy", NASTY, 1, 1000)]
+    write_csv(folder / "dropped.csv", pd.DataFrame(dropped, columns=["corpus", "why", "reason", "documents", "characters"]))
     for corpus in KINDS:
         path = folder / "documents" / corpus / "00000.jsonl.gz"
         path.parent.mkdir(parents=True)

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from domain_adapt import workers
 from made_corpora import corpus, filing, params, records, run, story
 
 pytestmark = pytest.mark.fault
@@ -97,3 +98,10 @@ def test_general_text(tmp_path):
     assert found["a.jsonl#0"] == found["latin.txt#0"] == "kept" and found["a.jsonl#1"].startswith("broken JSON")
     assert found["a.jsonl#2"] == "no text field" and found["no.parquet#0"].startswith("damaged: Arrow") and found["x.zip#0"].startswith("damaged: BadZip")
     assert any(why.startswith("damaged: EOFError") for n, why in found.items() if n.startswith("cut"))
+
+
+def test_a_compression_bomb_costs_its_file(tmp_path, monkeypatch):
+    "A megabyte that unpacks to a gigabyte: its reader runs out of the memory it may have."
+    monkeypatch.setattr(workers, "MEMORY", 400 << 20)
+    found = ingest(tmp_path, "general", {"a.txt": story(1), "bomb.txt.gz": gzip.compress(bytes(1 << 30), 1), "z.txt": story(2)})
+    assert found["a.txt#0"] == found["z.txt#0"] == "kept" and found["bomb.txt.gz#0"].startswith("damaged: MemoryError")

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from made_corpora import corpus, params, records, result, run, some_filings, some_prose
+from made_corpora import corpus, params, records, result, run, some_filings, some_prose, story
+from servers.edgar import Edgar
+from servers.hub import Hub
 from servers.s3 import KEY, SECRET, ceph, has_ceph, rclone
 from servers.slurm import has_slurm, slurm
 
@@ -19,6 +21,15 @@ from domain_adapt.params import UserError
 from domain_adapt.runs import ROOT, Stage
 
 pytestmark = pytest.mark.server
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from domain_adapt import clean
+from domain_adapt.clean import ingest
+from domain_adapt.params import validate
+Path(sys.argv[2]).mkdir(exist_ok=True)
+ingest(validate(json.loads(sys.argv[1])), {}, Path(sys.argv[2]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +66,7 @@ def test_slurm_gives_the_same_bytes(cluster, corpora, tmp_path):
 
 @pytest.mark.fault
 def test_a_login_node_that_is_cut_off_finds_its_job_again(cluster, corpora, tmp_path, monkeypatch):
-    script = ("import json, sys\nfrom pathlib import Path\nfrom domain_adapt import clean\nclean.MAX_TASKS = 2\nfrom domain_adapt.params import validate\n"
-              "clean.ingest(validate(json.loads(sys.argv[1])), {}, Path(sys.argv[2]))\n")
-    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "script.py").write_text(SCRIPT.replace("ingest(validate", "clean.MAX_TASKS = 2\nclean.ingest(validate"))
     out = tmp_path / "out"
     out.mkdir()
     login = subprocess.Popen([sys.executable, tmp_path / "script.py", on_slurm(corpora).model_dump_json(), out],
@@ -149,3 +158,33 @@ def test_a_finished_stage_is_copied_out_once(buckets, tmp_path, capsys):
     files = {n: f["bytes"] for n, f in json.loads(stage.record.read_text())["files"].items()}
     assert copied.pop(s3.COMPLETE) > 0 and copied == files and "documents/sec/00000.jsonl.gz" in files
     assert f"0 of {len(files)} files copied to s3://out-docs/here/ingest-k1" in capsys.readouterr().out
+
+
+def test_filings_come_from_edgar_and_those_that_cannot_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOMAIN_ADAPT_CACHE", str(tmp_path / "cache"))
+    filings = [("10-K", "2024-02-01", "0000000042-24-000001"), ("8-K", "2024-03-01", "0000000042-24-000002"), ("10-K", "2023-02-01", "0000000042-23-000001")]
+    with Edgar({42: ("Widgets", "WDG", filings)}) as server:
+        del server.files["/Archives/edgar/data/42/0000000042-23-000001.txt"]
+        asked = dict(user_agent="Example Ltd jo@example.org", tickers=["WDG"], forms=["10-K"], base_url=server.base_url)
+        given = dict(kind="domain", source="sec", edgar=asked, forms=["10-K"], language=None, filters="as_is")
+        run(params(tmp_path, ingest={"max_failed_fraction": .6}, sec=given), tmp_path / "out")
+        kept, = records(tmp_path / "out" / "documents")
+        lost, = records(tmp_path / "out" / "dropped")
+        assert kept["id"] == "sec/42/0000000042-24-000001.txt#0" and kept["metadata"]["accession"] == "0000000042-24-000001"
+        assert lost["id"] == "sec/0000000042-23-000001#0" and "404" in lost["metadata"]["filter_reason"]
+        asked_before = len(server.log)
+        run(params(tmp_path, ingest={"max_failed_fraction": .6, "min_words": 30}, sec=given), tmp_path / "again")
+        assert len([x for x in server.log[asked_before:] if "000001.txt" in x[1] and "-24-" in x[1]]) == 0    # it is in the cache
+
+
+def test_a_data_set_is_streamed_from_the_hub(tmp_path):
+    rows = "".join(json.dumps({"text": story(n)}) + "\n" for n in range(30))
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    p = params(tmp_path, ingest={"workers": 2}, wiki=dict(kind="domain", source="general", path="hub:own/wiki", limit=20))
+    with Hub({"own/wiki": {"train.jsonl": rows.encode()}}) as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, script, p.model_dump_json(), tmp_path / "out"], env=env, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+    kept = records(tmp_path / "out" / "documents")
+    assert {d["id"] for d in kept} == {f"wiki/hub:own/wiki/0#{n}" for n in range(20)} and {d["text"] for d in kept} == {story(n) for n in range(20)}
