@@ -113,7 +113,8 @@ def _ingest(folder: Path) -> None:
         path.parent.mkdir(parents=True)
         with gzip.open(path, "wt") as f: f.write(json.dumps(dict(id=f"{corpus}/1",
                                                                  text=f"# A document\n\n{NASTY} " * 20,
-                                                                 metadata={})) + "\n")
+                                                                 metadata=dict(source_path="a.html"))) + "\n")
+        write_json(folder / "logs" / corpus / "files" / "00000.json", [dict(path="a.html", hub="elsewhere")])
 
 
 def _train(folder: Path, rng: np.random.Generator) -> None:
@@ -204,7 +205,7 @@ def make(root: Path, title: str = "A made-up run") -> tuple[Params, dict[str, Pa
                             comparisons=comparisons(scores)).items():
         write_csv(folders["evaluate"] / f"{name}.csv", table)
     for i, s in enumerate(STAGES[:-1], 1):
-        stage = SimpleNamespace(folder=folders[s], folders=folders, params=p)
+        stage = SimpleNamespace(folder=folders[s], folders=folders, params=p, copy_out=lambda address: None)
         write_text(folders["notebooks"] / f"{i}_{s}.ipynb",
                    nbformat.writes(notebook(ROOT / "nbs" / "stages" / f"{i}_{s}.ipynb", stage)))
     return p, folders
