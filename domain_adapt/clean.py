@@ -141,7 +141,7 @@ class Recount(PipelineStep):
         write_json(self.counts / f"{rank:05d}.json", dict(rows=rows, lengths=lengths))
         yield from ()
 
-# %% ../nbs/18_clean.ipynb #e191daa3
+# %% ../nbs/18_clean.ipynb #d6f1b119
 def _list(name: str, corpus: Corpus, logs: Path) -> int:
     "Cut the files of a corpus into tasks, once; how many there are."
     at = logs / "files"
@@ -187,6 +187,7 @@ def clean_corpus(name: str, corpus: Corpus, params: Params, out: Path) -> None:
     to `logs/<corpus>/`. What is there of an earlier try is not done again."""
     logs = out / "logs" / name
     if (logs / "funnel.csv").exists(): return
+    (out / "dropped" / name).mkdir(parents=True, exist_ok=True)
     tasks = _list(name, corpus, logs)
     rows = _first_pass(name, corpus, params, out, tasks)
     if preset(corpus) != "as_is": rows += _second_pass(name, params, out, tasks)

@@ -173,8 +173,8 @@ def test_entities_are_neither_fetched_nor_expanded(tmp_path):
                                                   ("<a>", "x<b/>", "</a>"), ("<a>", "<b>1</b>", "</a>")])
 def test_hostile_repetition_is_read_in_linear_time(before, piece, after):
     def seconds(n):
-        start = time.perf_counter()
+        start = time.process_time()
         form_markdown(parse_xml(before + piece * (n // len(piece)) + after))
-        return time.perf_counter() - start
+        return time.process_time() - start
     seconds(1000)
-    assert seconds(200_000) < 12 * max(seconds(50_000), 0.05)
+    assert seconds(200_000) < 12 * max(seconds(50_000), 0.1)

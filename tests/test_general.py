@@ -66,9 +66,9 @@ def test_wikitext_ends_and_leaves_no_links(pieces):
     ("[http://a ", ""), ("[//", "a" * 2_000_000), ("=", "\t" * 2_000_000 + "x"), ("{{a|", ""), ("[[" * 200_000, "]]" * 200_000),
     ("( ", ""), ("'", ""), ("=a=\n", ""), ("* x\n", ""), ("{|\n", ""), ("__A", ""), (":;", "")])
 def test_hostile_megabytes_come_to_an_end(part, end):
-    started = time.monotonic()
+    started = time.process_time()
     wiki_text(part * (1 if len(end) > 100 else 2_000_000 // len(part)) + end)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize("source", ["{{" * 3000, "[[" * 3000 + "a" + "]]" * 3000, "{{a|" * 500 + "}}" * 500,

@@ -304,9 +304,9 @@ def test_visible_text_is_what_chromium_shows(tmp_path, dev_data):
     "<table>" + ("<tr>" + "<td rowspan=9999 colspan=1000>1</td>" * 30 + "</tr>") * 60 + "</table>",
     "<p " + " ".join(f"a{n}=1" for n in range(100_000)) + ">1</p>"])
 def test_a_page_that_would_hang_a_parser_is_refused(page):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(Unreadable): to_markdown(page)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.fault
@@ -317,9 +317,9 @@ def test_a_page_that_would_hang_a_parser_is_refused(page):
     "<table>" + "<tr><td><td>2023<td>2024<tr><td>a<td>1<td>2" * 5000,
     "<table><tr><td>a<td>1<tr><td>a<td>1</table>" + BREAK * 5000])
 def test_a_page_that_would_hang_our_patterns_is_read_in_seconds(page):
-    start = time.perf_counter()
+    start = time.process_time()
     check(page)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_a_page_over_the_limit_is_refused_by_its_size(monkeypatch):

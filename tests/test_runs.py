@@ -97,7 +97,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.fault
-def test_a_real_full_disk_is_one_error_and_leaves_nothing(tmp_path):
+def test_a_real_full_disk_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESUMED", ())
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
@@ -111,7 +112,8 @@ def test_a_real_full_disk_is_one_error_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_killed_stage_is_done_again(tmp_path):
+def test_a_killed_stage_is_done_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESUMED", ())
     code = textwrap.dedent(f"""
         import time; from pathlib import Path; from domain_adapt.runs import Stage
         def work(params, folders, out): (out / "half").write_text("x"); time.sleep(60)
@@ -131,13 +133,23 @@ def test_a_killed_stage_is_done_again(tmp_path):
     stage.run(None)
 
 
-def test_what_is_at_work_is_not_discarded(tmp_path):
+def test_what_is_at_work_is_not_discarded(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESUMED", ())
     stage = Stage("ingest", None, "0" * 16, tmp_path / "ingest-0", {})
     stage.folder.mkdir()
     with locked(stage.lock, "it"): stage.discard()
     assert stage.folder.exists()
     stage.discard()
     assert not stage.folder.exists()
+
+
+def test_an_unfinished_ingest_is_gone_on_with(tmp_path):
+    stage = Stage("ingest", None, "0" * 16, tmp_path / "ingest-0", {})
+    def broken(params, folders, out): (out / "half").write_text("x"); raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): stage.run(broken)
+    stage.discard()
+    stage.run(lambda params, folders, out: (out / "whole").write_text((out / "half").read_text()))
+    assert stage.complete and (stage.folder / "whole").read_text() == "x"
 
 
 def test_a_stage_wants_those_before_it(tmp_path):

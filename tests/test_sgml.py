@@ -180,9 +180,9 @@ def test_payloads_are_skipped_at_a_hundred_megabytes_a_second():
     data = WRAPPED["sec"].format("<DOCUMENT>\n<TYPE>8-K\n<TEXT>\na\n</TEXT>\n</DOCUMENT>\n<DOCUMENT>\n<TYPE>EX-1\n<TEXT>\nPAYLOAD</TEXT>\n</DOCUMENT>\n"
                                  ).encode().replace(b"PAYLOAD", payload)
     def seconds():
-        start = time.perf_counter()
+        start = time.process_time()
         assert [p.head["type"] for _, p in submission(data)] == ["8-K", "EX-1"]
-        return time.perf_counter() - start
+        return time.process_time() - start
     assert len(data) / 1e6 / min(seconds() for _ in range(3)) > 100
 
 
@@ -193,11 +193,11 @@ def test_payloads_are_skipped_at_a_hundred_megabytes_a_second():
 def test_hostile_repetition_is_read_in_linear_time(piece):
     def seconds(n):
         data = (SEC.format("") + piece * (n // len(piece)) + "<DOCUMENT><TYPE>8-K<TEXT>a" + piece * (n // len(piece))).encode()
-        start = time.perf_counter()
+        start = time.process_time()
         list(submission(data)), cut_uuencoded(data), read_header(data.decode())
-        return time.perf_counter() - start
+        return time.process_time() - start
     seconds(1000)
-    assert seconds(800_000) < 12 * max(seconds(200_000), 0.05)
+    assert seconds(800_000) < 12 * max(seconds(200_000), 0.1)
 
 
 @pytest.mark.oracle
