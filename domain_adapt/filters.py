@@ -18,7 +18,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from .params import Corpus
 from .sources.medical import on_topic
 
-# %% ../nbs/15_filters.ipynb #37c8a6ff
+# %% ../nbs/15_filters.ipynb #64a5b86c
 Why = Callable[[Document], str | None]
 
 class Rule(BaseFilter):
@@ -37,7 +37,7 @@ def marked(step: str) -> Why:
     return lambda doc: doc.metadata["filter_reason"] if doc.metadata.get("dropped") == step else None
 
 def of_forms(forms: list[str]) -> Why:
-    "Drops other SEC document types than those asked for, by patterns such as EX-99*; 10-K/A is one of its own."
+    "Drops other SEC document types than those asked for, by patterns such as EX-99*; 10-K/A is its own."
     def why(doc: Document) -> str | None:
         kind = doc.metadata["document_type"] or doc.metadata["form"]
         wanted = any(fnmatch.fnmatchcase(kind.upper(), pattern.upper()) for pattern in forms)
@@ -48,7 +48,7 @@ def long_enough(words: int) -> Why:
     "Drops documents under `words` words."
     return lambda doc: None if (n := len(doc.text.split())) >= words else f"{n} words"
 
-# %% ../nbs/15_filters.ipynb #6945f4da
+# %% ../nbs/15_filters.ipynb #2374d1f4
 JUDGED = 150_000
 
 class Words(WordTokenizer):
@@ -66,7 +66,7 @@ def prose(text: str) -> str:
     return "\n".join(x for x in lines if not x.startswith(("|", "#")))[:JUDGED]
 
 def judged(filters: list[BaseFilter], words: int = 50) -> Why:
-    "Drops documents of whose prose one of DataTrove's filters thinks little; under `words` words none is asked."
+    "Drops documents of whose prose a filter of DataTrove's thinks little; under `words` words none is asked."
     def why(doc: Document) -> str | None:
         text = prose(doc.text)
         if len(text.split()) < words: return None
@@ -96,7 +96,7 @@ def about_medicine(doc: Document) -> str | None:
     "Drops documents that hardly speak of medicine."
     return None if on_topic(doc.text) else "another topic"
 
-# %% ../nbs/15_filters.ipynb #637c50fb
+# %% ../nbs/15_filters.ipynb #1ec78588
 def _gopher() -> BaseFilter:
     return GopherQualityFilter(min_doc_words=None, max_doc_words=None, language=Words())
 
@@ -104,18 +104,20 @@ def _c4() -> BaseFilter:
     return C4QualityFilter(filter_no_terminal_punct=False, filter_curly_bracket=False, language=Words())
 
 def _repeats_itself() -> BaseFilter:
-    return FineWebQualityFilter(line_punct_thr=0, short_line_thr=1, char_duplicates_ratio=.3, new_line_ratio=1,
-                                language=Words())
+    return FineWebQualityFilter(line_punct_thr=0, short_line_thr=1, char_duplicates_ratio=.3,
+                                new_line_ratio=1, language=Words())
 
 def _papers() -> BaseFilter:
-    return FineWebQualityFilter(line_punct_thr=.05, short_line_thr=.8, char_duplicates_ratio=.1, language=Words())
+    return FineWebQualityFilter(line_punct_thr=.05, short_line_thr=.8, char_duplicates_ratio=.1,
+                                language=Words())
 
 PRESETS: dict[str, Callable[[], list[BaseFilter]]] = {
     "filings": lambda: [_gopher(), _c4(), _repeats_itself()],
     "papers": lambda: [_gopher(), _c4(), _papers()],
     "patents": lambda: [_gopher(), _c4(), _repeats_itself()],
     "prose": lambda: [_gopher(), GopherRepetitionFilter(language=Words())],
-    "web": lambda: [_gopher(), GopherRepetitionFilter(language=Words()), FineWebQualityFilter(language=Words()),
+    "web": lambda: [_gopher(), GopherRepetitionFilter(language=Words()),
+                    FineWebQualityFilter(language=Words()),
                     C4QualityFilter(filter_no_terminal_punct=False, language=Words())],
     "as_is": lambda: []}
 USUAL = {"sec": "filings", "medical": "papers", "patents": "patents", "general": "prose"}

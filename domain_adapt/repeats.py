@@ -57,7 +57,7 @@ class Fingerprints(PipelineStep):
         write_bytes(self.folder / f"{rank:05d}.ids", json.dumps(ids).encode())
         write_bytes(self.folder / f"{rank:05d}.u64", np.array(rows, np.uint64).tobytes())
 
-# %% ../nbs/16_repeats.ipynb #9a69cc44
+# %% ../nbs/16_repeats.ipynb #e04f52d0
 def _first(columns: np.ndarray) -> np.ndarray:
     "For each row the first row that shares a number in some column with it, through others too."
     n, links = len(columns), []
@@ -71,8 +71,8 @@ def _first(columns: np.ndarray) -> np.ndarray:
     return np.unique(group, return_index=True)[1][group]
 
 def find_copies(folder: Path, tasks: int) -> None:
-    """Write `<rank>.copies`, JSON from the place of a document among its rank's to the reason it is a copy, for
-    each rank of fingerprints in `folder`."""
+    """Write `<rank>.copies`, JSON from the place of a document among its rank's to the reason it is a copy,
+    for each rank of fingerprints in `folder`."""
     rows = [np.fromfile(folder / f"{r:05d}.u64", np.uint64).reshape(-1, 15) for r in range(tasks)]
     starts = np.cumsum([0, *map(len, rows)])
     @functools.lru_cache(64)

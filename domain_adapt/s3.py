@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from .params import UserError
 
-# %% ../nbs/01_s3.ipynb #ade521ef
+# %% ../nbs/01_s3.ipynb #9a41ae66
 class Item(NamedTuple):
-    "An object below a listed address: its path from there, its own address, its bytes, the tag of its version."
+    "An object below a listed address: path from there, its own address, bytes, and the tag of its version."
     path: str
     address: str
     size: int
@@ -69,7 +69,7 @@ def listing(address: str) -> list[Item]:
             found.append(Item(path, f"s3://{bucket}/{o['Key']}", o["Size"], o["ETag"].strip('"')))
     return sorted(found)
 
-# %% ../nbs/01_s3.ipynb #72e83227
+# %% ../nbs/01_s3.ipynb #f64796d9
 def _code(e: UserError) -> str:
     "The server's code for what went wrong; empty where it gave none."
     return getattr(e.__cause__, "response", {}).get("Error", {}).get("Code", "")
@@ -85,10 +85,11 @@ def download(item: Item, to: Path) -> None:
                 for chunk in found["Body"].iter_chunks(1 << 20): f.write(chunk)
     except UserError as e:
         if _code(e) in ("NoSuchKey", "404"): raise Gone("vanished between listing and reading") from None
-        if _code(e) in ("PreconditionFailed", "412"): raise Gone("changed between listing and reading") from None
+        if _code(e) in ("PreconditionFailed", "412"):
+            raise Gone("changed between listing and reading") from None
         raise
 
-# %% ../nbs/01_s3.ipynb #33e698ad
+# %% ../nbs/01_s3.ipynb #c9aec80e
 COMPLETE = "_complete.json"
 
 def upload(folder: Path, address: str, files: dict[str, dict]) -> int:
@@ -113,4 +114,5 @@ def _complete(s3: Any, bucket: str, key: str, listed: bytes) -> None:
         if code in ("NotImplemented", "501"): s3.put_object(Bucket=bucket, Key=key, Body=listed)
         elif code not in ("PreconditionFailed", "412"): raise
         elif s3.get_object(Bucket=bucket, Key=key)["Body"].read() != listed:
-            raise UserError(f"s3://{bucket}/{key}: another copy is complete there; choose another address") from None
+            raise UserError(f"s3://{bucket}/{key}: another copy is complete there; choose another "
+                            "address") from None

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SPLITS', 'read_documents', 'held_out', 'IndexedWriter', 'encoder', 'write_corpus', 'split_documents', 'tokenize']
 
-# %% ../nbs/21_tokens.ipynb #aae31856
+# %% ../nbs/21_tokens.ipynb #a8d6cf53
 import contextlib, fnmatch, gzip, hashlib, json, struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -111,7 +112,17 @@ def _batches(documents: Iterable[dict], characters: int = 4_000_000) -> Iterator
         if size >= characters: yield batch; batch, size = [], 0
     if batch: yield batch
 
-# %% ../nbs/21_tokens.ipynb #d95b67ec
+# %% ../nbs/21_tokens.ipynb #414930cc
+def _ahead(items: Iterable) -> Iterator:
+    "The items, each made by a thread while the one before is in use."
+    found, none = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, found, none)
+        while (item := coming.result()) is not none:
+            coming = pool.submit(next, found, none)
+            yield item
+
+# %% ../nbs/21_tokens.ipynb #0d10d387
 def write_corpus(folder: Path, prefix: Path, split_of: dict[str, str], encode: Callable,
                  vocabulary: int) -> list[dict]:
     """Tokenise the documents of `folder` into `<prefix>_{train,heldout}.{bin,idx}` and the held-out texts
@@ -122,8 +133,9 @@ def write_corpus(folder: Path, prefix: Path, split_of: dict[str, str], encode: C
         writers = {s: stack.enter_context(IndexedWriter(Path(f"{prefix}_{s}"), vocabulary)) for s in used}
         texts = stack.enter_context(_heldout_texts(prefix)) if "heldout" in used else None
         bar = stack.enter_context(progress(total=len(split_of), description=f"tokenize {prefix.name}"))
-        for batch in _batches(read_documents(folder)):
-            for d, ids in zip(batch, encode([d["text"] for d in batch])):
+        batches = _ahead(_batches(read_documents(folder)))
+        for batch, found in _ahead((b, encode([d["text"] for d in b])) for b in batches):
+            for d, ids in zip(batch, found):
                 split = split_of[d["id"]]
                 if split in writers: writers[split].add(ids)
                 if split == "heldout": texts.write(json.dumps(d, ensure_ascii=False).encode() + b"\n")
