@@ -111,7 +111,7 @@ def flat(tmp: Path) -> dict:
 def tokenization(tmp: Path) -> dict:
     "Tokenising documents to Megatron's files against the tokenizer alone on the same texts, all cores."
     tokenizer, texts = load_tokenizer(get_model(MODEL)), [to_markdown(decode(f.read_bytes())).text
-                                                          for f in sorted(resolve("package:filings-10k").glob("*.html"))] * 4
+                                                          for f in sorted(resolve("package:filings-10k").glob("*.html"))] * 16
     docs = [Document(text=t, id=str(i), metadata=dict(source_path=str(i))) for i, t in enumerate(texts)]
     list(Lines(tmp / "docs").run(docs))
     encode = encoder(tokenizer, MODEL)
