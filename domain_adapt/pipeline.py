@@ -47,11 +47,11 @@ class Bars:
 
     def __exit__(self, *_): self.over.set(); self.thread.join(); self.bars.stop()
 
-# %% ../nbs/70_pipeline.ipynb #334fa469
+# %% ../nbs/70_pipeline.ipynb #7f43afee
 def _papermill(notebook: Path, executed: Path, params: Path, bars: Path, log) -> subprocess.Popen:
     command = [sys.executable, "-m", "papermill", str(notebook), str(executed), "-f", str(params), "--cwd", str(ROOT), "-k", "python3", "--no-progress-bar"]
     environment = os.environ | {"DOMAIN_ADAPT_PROGRESS": str(bars), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=lambda: die_with_parent(signal.SIGTERM))
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGTERM, parent))
 
 def _failure(executed: Path, log: str) -> tuple[str, str]:
     "Name and message of the error that stopped a notebook; the log's end where it holds none."

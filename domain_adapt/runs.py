@@ -103,12 +103,14 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
     from tqdm.auto import tqdm
     return tqdm(iterable, total=total, desc=description)
 
-# %% ../nbs/02_runs.ipynb #ef560cc6
+# %% ../nbs/02_runs.ipynb #ae991b46
 LIBC = ctypes.CDLL(None)    # before any fork: loading a library after one can deadlock
 
-def die_with_parent(number: int) -> None:
-    "Have Linux send this process the signal `number` when the one that started it ends (PR_SET_PDEATHSIG)."
+def die_with_parent(number: int, parent: int) -> None:
+    """Have Linux send this process the signal `number` when `parent`, which started it, ends
+    (PR_SET_PDEATHSIG), or at once where it has ended already."""
     if platform.system() == "Linux": LIBC.prctl(1, number)
+    if os.getppid() != parent: os.kill(os.getpid(), number)
 
 # %% ../nbs/02_runs.ipynb #34a0713c
 STAGES = ("ingest", "tokens", "train", "merge", "evaluate", "report")

@@ -41,7 +41,7 @@ def _command(job: Path, processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
             "--no-python", sys.executable, "-W", "ignore", "-c", work]
 
-# %% ../nbs/33_train.ipynb #d65e8ddd
+# %% ../nbs/33_train.ipynb #be63ff76
 def _tail(log: Path) -> str: return log.read_text(errors="replace")[-2000:]
 
 def _failure(error: Path, log: Path, code: int) -> Exception:
@@ -67,7 +67,7 @@ def launch(job: dict, processes: int, steps: int) -> None:
         env = {"GLOO_SOCKET_IFNAME": "lo"} if platform.system() == "Linux" else {}
         env |= os.environ | {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes))}
         child = subprocess.Popen(_command(file, processes), cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
-                                 stdout=log, stderr=log, preexec_fn=lambda: die_with_parent(signal.SIGKILL))
+                                 stdout=log, stderr=log, preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGKILL, parent))
         try:
             while child.poll() is None:
                 time.sleep(0.2)
@@ -383,10 +383,11 @@ def _work(job: dict) -> None:
         write_json(out / "info.json", info)
     torch.distributed.destroy_process_group()
 
-# %% ../nbs/33_train.ipynb #c1a6bcb1
+# %% ../nbs/33_train.ipynb #daba03bb
 def work(job: str) -> None:
     "What each process runs: the job in the JSON file `job`. An error is left in the file that it names."
-    die_with_parent(signal.SIGKILL)
+    die_with_parent(signal.SIGKILL, os.getppid())
+    if os.getppid() == 1: return    # torchrun ended before this process could ask to be told
     told = json.loads(Path(job).read_text())
     try: os.kill(told["launcher"], 0)
     except ProcessLookupError: return    # it ended before this process could ask to be told

@@ -21,12 +21,12 @@ from .params import Slurm, UserError
 from .runs import ROOT, die_with_parent, progress
 from .sources.reading import DAMAGE, Unreadable, not_kept
 
-# %% ../nbs/17_workers.ipynb #5323e536
+# %% ../nbs/17_workers.ipynb #051145d0
 MEMORY = 6 << 30
 
-def _serve(pipe, read: Callable[[Any], Iterator[Document]]) -> None:
+def _serve(pipe, read: Callable[[Any], Iterator[Document]], parent: int) -> None:
     "The child: reads the files that it is told, and sends one document after the other, then None or an error."
-    die_with_parent(signal.SIGKILL)
+    die_with_parent(signal.SIGKILL, parent)
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
@@ -48,7 +48,7 @@ def _reason(e: Exception) -> str:
     said = " ".join(f"{type(e).__name__}: {e}".split())[:200]
     return f"damaged: {said}" if isinstance(e, DAMAGE) else said
 
-# %% ../nbs/17_workers.ipynb #7c749f70
+# %% ../nbs/17_workers.ipynb #340eda2b
 class Guarded:
     """Runs `read(file)`, which yields documents, in a child process. What goes wrong is the file's last
     record: damage, an error, `timeout` seconds without a document, or the child's death."""
@@ -58,7 +58,7 @@ class Guarded:
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
-        self.child = context.Process(target=_serve, args=(theirs, self.read), daemon=True)
+        self.child = context.Process(target=_serve, args=(theirs, self.read, os.getpid()), daemon=True)
         self.child.start()
         theirs.close()
 
@@ -138,7 +138,7 @@ def read_lines(path: Path) -> Iterator[dict]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
         for line in f: yield json.loads(line)
 
-# %% ../nbs/17_workers.ipynb #f1e2234a
+# %% ../nbs/17_workers.ipynb #73a04c3f
 @contextlib.contextmanager
 def _watched(logs: Path, tasks: int, description: str) -> Iterator[None]:
     "Show how many of the tasks are done."
@@ -178,10 +178,10 @@ def _here(executor: LocalPipelineExecutor, workers: int) -> None:
     "Do the tasks left on this machine. A killed worker ends the run; with DataTrove's pool it would hang."
     todo = executor.get_incomplete_ranks()
     if workers == 1:
-        _begin(executor, main=True)
+        _begin(executor)
         for rank in todo: _task(rank)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (executor,)) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (executor, os.getpid())) as pool:
         try:
             for task in as_completed([pool.submit(_task, rank) for rank in todo]): task.result()
         except BrokenProcessPool:
@@ -191,11 +191,11 @@ def _here(executor: LocalPipelineExecutor, workers: int) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
-def _begin(executor: LocalPipelineExecutor, main: bool = False) -> None:
-    "What a process does once: take the pipeline, which it inherits, and die with its parent."
+def _begin(executor: LocalPipelineExecutor, parent: int | None = None) -> None:
+    "What a process does once: take the pipeline, which it inherits, and die with its parent if it has one."
     global _executor
     _executor = executor
-    if not main: die_with_parent(signal.SIGKILL)
+    if parent: die_with_parent(signal.SIGKILL, parent)
 
 def _task(rank: int) -> None:
     "Do a task on a copy of the pipeline, so that counts start at zero."

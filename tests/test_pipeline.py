@@ -115,7 +115,7 @@ def start(outputs: Path, stage: str) -> subprocess.Popen:
         if list((outputs / ".stages").glob(f"{stage}-*")): break
         assert child.poll() is None, child.stdout.read()
         time.sleep(0.1)
-    time.sleep(1)
+    time.sleep(0.3)
     assert not list((outputs / ".stages").glob(f"{stage}-*/stage.json")), f"{stage} was over before it could be stopped"
     return child
 
