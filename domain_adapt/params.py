@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Number', 'Share', 'Positive', 'Name', 'Day', 'Quarter', 'Cik', 'UserError', 'Strict', 'Edgar', 'Corpus', 'Slurm',
-           'Ingest', 'Tokens', 'Layout', 'Validation', 'Train', 'Candidate', 'Select', 'Merge', 'Perplexity', 'Suite',
-           'Evaluate', 'Report', 'Params', 'read_yaml', 'validate', 'set_key', 'load_params']
+           'Ingest', 'Tokens', 'Layout', 'Validation', 'Decay', 'Save', 'Guard', 'Job', 'Gpu', 'Train', 'Candidate',
+           'Select', 'Merge', 'Perplexity', 'Suite', 'Evaluate', 'Report', 'Params', 'read_yaml', 'validate', 'set_key',
+           'load_params']
 
 # %% ../nbs/00_params.ipynb #31fa1b09
 import datetime, difflib, re
@@ -121,36 +122,111 @@ class Tokens(Strict):
     sequence_length: Annotated[int, Field(ge=8)] = 512
     replay: Annotated[Share, Field(lt=1)] = 0.05
 
-# %% ../nbs/00_params.ipynb #ea38d0e7
+# %% ../nbs/00_params.ipynb #3e6149cd
 class Layout(Strict):
-    "Tensor, pipeline and context parallel sizes; what is left of the processes is data parallel."
+    """Tensor, pipeline and context parallel sizes, and whether tensor parallelism also splits the sequence
+    (`sp`); what is left of the processes is data parallel."""
     tp: PositiveInt = 1
     pp: PositiveInt = 1
     cp: PositiveInt = 1
+    sp: bool = False
+
+    @model_validator(mode="after")
+    def _sequence_parallel_fits(self):
+        if self.sp and self.tp == 1: raise ValueError("sp splits the sequence over tp processes; set tp above 1")
+        return self
 
 class Validation(Strict):
     "Held-out loss while training: every so many steps, on so many tokens of each corpus."
     every: PositiveInt = 10
     tokens: PositiveInt = 2048
 
+class Decay(Strict):
+    """Phases of the schedules wsd and infinite, as shares of the steps: `share` is the decay at the end, in
+    `style` for wsd; infinite first cools down to `constant_lr` over `cooldown`."""
+    share: Annotated[Share, Field(gt=0)] = 0.2
+    style: Literal["linear", "cosine", "exponential", "sqrt"] = "sqrt"
+    cooldown: Share = 0.3
+    constant_lr: Positive | None = None
+
+class Save(Strict):
+    """Checkpoints: one every so many steps (None: only where a model is exported); the newest `keep` stay, and
+    one every `keep_every` steps; `copy_to` is an s3:// address for copies."""
+    every: PositiveInt | None = None
+    keep: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    copy_to: Annotated[str, Field(pattern="^s3://")] | None = None
+
+class Guard(Strict):
+    """What is a spike: a loss, or norm of the gradient, over so many times the median of the last `window`
+    steps. The batch is skipped, or training rolls back to the last checkpoint and leaves the batch out; after
+    `limit` of them it stops."""
+    action: Literal["skip", "rollback"] = "skip"
+    loss: Annotated[Number, Field(gt=1)] = 2.0
+    grad_norm: Annotated[Number, Field(gt=1)] = 20.0
+    window: PositiveInt = 50
+    limit: PositiveInt = 3
+
+# %% ../nbs/00_params.ipynb #f22f1e90
+class Job(Strict):
+    """A training job on Slurm: one task a node, `processes` GPUs each (`gpus: false` for nodes without), a
+    signal so many seconds before the time is up, at most so many restarts; `setup` are shell lines run first,
+    `options` go to sbatch (account, qos, ...)."""
+    partition: str | None = None
+    time: str = "1-00:00:00"
+    gpus: bool = True
+    signal_before: PositiveInt = 300
+    restarts: NonNegativeInt = 100
+    setup: list[str] = []
+    options: dict[str, str] = {}
+
+class Gpu(Strict):
+    "The hardware: memory in GB (10⁹ bytes), dense peak in bf16, the utilisation to plan with, dollars an hour each."
+    name: str = "H100 SXM"
+    memory_gb: Positive = 80.0
+    peak_tflops: Positive = 989.0
+    mfu: Annotated[Share, Field(gt=0)] = 0.4
+    dollars_per_hour: Annotated[Number, Field(ge=0)] = 3.0
+
+# %% ../nbs/00_params.ipynb #0c518387
 class Train(Strict):
-    "Continual pre-training; `export_at` are shares of the steps after which a checkpoint and HF export are kept."
+    """Continual pre-training on `nodes` x `processes`. An `export_at` is a share of the steps or, above 1, a
+    number of tokens; `max_epochs` is how often a corpus may be gone through; `metrics_port` serves Prometheus.
+    At the end of a document the next one may `attend` to it, its first token not counted (`mask_loss`), or not
+    see it at all (`separate`)."""
     steps: PositiveInt = 40
     global_batch: PositiveInt = 4
     micro_batch: PositiveInt = 4
     lr: Positive = 2e-4
     min_lr: Annotated[Number, Field(ge=0)] = 2e-5
     warmup: NonNegativeInt = 5
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "infinite", "constant"] = "cosine"
+    decay: Decay = Decay()
     weight_decay: Annotated[Number, Field(ge=0)] = 0.1
     clip_grad: Positive = 1.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    layout: Layout = Layout()
+    end_of_document: Literal["attend", "mask_loss", "separate"] = "attend"
+    max_epochs: Positive = 1.0
+    nodes: PositiveInt = 1
     processes: PositiveInt = 1
-    launcher: Literal["local"] = "local"
-    export_at: list[Annotated[Share, Field(gt=0)]] = [0.5, 1.0]
+    layout: Layout = Layout()
+    distributed_optimizer: bool = False
+    recompute: bool = False
+    launcher: Literal["local", "slurm", "hyperpod"] = "local"
+    job: Job = Job()
+    gpu: Gpu = Gpu()
+    export_at: list[Positive] = [0.5, 1.0]
+    save: Save = Save()
+    guard: Guard = Guard()
     validation: Validation = Validation()
+    metrics_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     checkpoint: str | None = None
+
+    @property
+    def world(self) -> int: return self.nodes * self.processes
+
+    @property
+    def data_parallel(self) -> int: return self.world // (self.layout.tp * self.layout.pp * self.layout.cp)
 
     @model_validator(mode="after")
     def _numbers_fit(self):
@@ -159,6 +235,19 @@ class Train(Strict):
         if self.warmup >= self.steps: raise ValueError(f"warmup {self.warmup} must be under steps {self.steps}")
         if self.min_lr > self.lr: raise ValueError(f"min_lr {self.min_lr} must not be above lr {self.lr}")
         if 1.0 not in self.export_at: raise ValueError("export_at must hold 1.0, the end of training")
+        if self.nodes > 1 and self.launcher == "local":
+            raise ValueError(f"nodes {self.nodes} needs launcher slurm or hyperpod; local is one node")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self):
+        d, phases = self.decay, self.warmup / self.steps + self.decay.share
+        if self.schedule == "infinite":
+            phases += d.cooldown
+            if d.constant_lr is None or not self.min_lr <= d.constant_lr <= self.lr or not self.min_lr:
+                raise ValueError("schedule infinite needs decay.constant_lr between min_lr (above 0) and lr")
+        if self.schedule in ("wsd", "infinite") and phases > 1:
+            raise ValueError(f"schedule {self.schedule}: warm-up and the shares in decay are more than the steps")
         return self
 
 # %% ../nbs/00_params.ipynb #dbc60ae6
