@@ -208,7 +208,7 @@ def _section(params: Params, stage: str) -> Any:
         "evaluate": lambda: [evaluate, p["seed"], [fingerprint(s.data) for s in params.evaluate.suites.values()]],
         "report": lambda: [p["run"], p["report"]]}[stage]()
 
-# %% ../nbs/02_runs.ipynb #9b9e1317
+# %% ../nbs/02_runs.ipynb #b2ab47fd
 def environment() -> dict[str, str]:
     "Python, platform and the versions of the packages a result can depend on."
     names = ["torch", "megatron-core", "transformers", "mergekit", "lm-eval", "datatrove", "trafilatura", "pandas", "numpy"]
@@ -218,10 +218,15 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", **versions}
 
 def _hashes(folder: Path) -> dict[str, dict]:
-    "Size and sha256 of every file below `folder`."
-    def one(f: Path) -> dict:
-        with f.open("rb") as h: return {"bytes": f.stat().st_size, "sha256": hashlib.file_digest(h, "sha256").hexdigest()}
-    return {str(f.relative_to(folder)): one(f) for f in sorted(folder.rglob("*")) if f.is_file() and not f.is_symlink()}
+    "Size and sha256 of every file below `folder`; a checkpoint's are those that its `checksums.json` says."
+    found = {}
+    for f in sorted(folder.rglob("*")):
+        if not f.is_file() or f.is_symlink() or (f.name != "checksums.json" and (f.parent / "checksums.json").is_file()): continue
+        if f.name == "checksums.json":
+            told = json.loads(f.read_text())
+            found |= {str((f.parent / n).relative_to(folder)): told[n] for n in sorted(told)}
+        with f.open("rb") as h: found[str(f.relative_to(folder))] = {"bytes": f.stat().st_size, "sha256": hashlib.file_digest(h, "sha256").hexdigest()}
+    return found
 
 # %% ../nbs/02_runs.ipynb #3bc930ca
 @contextlib.contextmanager
