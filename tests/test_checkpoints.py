@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     reader = dcp.FileSystemReader(str(checkpoint))
     held = reader.read_metadata().state_dict_metadata
     found = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in held.items()}
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")    # that there is no process group
+        dcp.load(found, storage_reader=reader, no_dist=True)
     return found
 
 
@@ -43,57 +46,67 @@ def same(a: dict, b: dict) -> bool: return a.keys() == b.keys() and all(torch.eq
 
 
 SPLIT = dict(distributed_optimizer=True)
+KINDS = {"fp32": (1, False, {}), "bf16": (1, True, {}), "bf16_two": (2, True, {}), "bf16_split": (2, True, SPLIT), "fp32_split": (2, False, SPLIT)}
+CHAIN = {"one": {}, "tp2": dict(layout=dict(tp=2, sp=True)), "pp2": dict(layout=dict(pp=2)), "dp2": SPLIT, "tp2_again": dict(layout=dict(tp=2)), "back": {}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
+    """Where trainings wrote, and what each gave on each process. For each kind: whole, its first half, its second half. For each
+    precision a chain: every layout takes the checkpoint of the layout before, saves it again at once, and goes on for two steps."""
+    at, cases, before = tmp_path_factory.mktemp("checkpoints"), {}, "one"
+    def case(name: str, processes: int, until: int, take: str | None = None, **more):
+        take = take and str(at / take)
+        cases[name] = processes, dict(folder=str(at / name), until=until, take=take, **more)
+    for kind, (n, bf16, train) in KINDS.items():
+        case(f"{kind} whole", n, 6, bf16=bf16, train=train)
+        case(f"{kind} first", n, 3, save=[3], bf16=bf16, train=train)
+        case(f"{kind} second", n, 6, f"{kind} first", bf16=bf16, train=train)
+    for bf16 in (False, True):
+        case(f"alone {bf16}", 1, 10, bf16=bf16)
+        for i, (name, train) in enumerate(CHAIN.items()):
+            taken = dict(take=f"{before} {bf16}", again=str(at / f"{name} {bf16} resaved")) if i else {}
+            case(f"{name} {bf16}", 1 if name in ("one", "back") else 2, min(10, 2 + 2 * i), save=[2 + 2 * i], bf16=bf16, train=train, **taken)
+            before = name
+    phases = [[n for n, (p, _) in cases.items() if p == 1 and not n.startswith("back")], [n for n, (p, _) in cases.items() if p == 2],
+              [n for n in cases if n.startswith("back")]]
+    found = {}
+    for processes, names in zip((1, 2, 1), phases): found |= dict(zip(names, trained(at, [cases[n][1] for n in names], processes)))
+    return at, found
 
 
 @pytest.mark.equality
-@pytest.mark.parametrize("processes, kinds", [(1, [(False, {}), (True, {})]), (2, [(True, SPLIT), (False, SPLIT), (True, {})])])
-def test_interrupted_and_resumed_is_bit_identical(tmp_path, processes, kinds):
-    cases = []
-    for i, (bf16, train) in enumerate(kinds):
-        whole, part = str(tmp_path / f"whole{i}"), str(tmp_path / f"part{i}")
-        cases += [dict(folder=whole, until=6, bf16=bf16, train=train), dict(folder=part, until=3, save=[3], bf16=bf16, train=train),
-                  dict(folder=part, until=6, take=part, bf16=bf16, train=train)]
-    found = trained(tmp_path, cases, processes)
-    for whole, first, second in zip(found[::3], found[1::3], found[2::3]):
-        for a, b, c in zip(whole, first, second):
-            assert a["losses"] == b["losses"] + c["losses"] and a["norms"] == b["norms"] + c["norms"]
-            assert same(a["weights"], c["weights"]) and not same(b["weights"], c["weights"])
-            assert c["extra"] == {"step_was": 3, "losses": b["losses"]} and c["refused"] == [] == a["events"] + b["events"] + c["events"]
-    names = [case[0]["optimizer"] for case in found[::3]]
-    assert names == (["FP32Optimizer", "Float16OptimizerWithFloat16Params"] if processes == 1 else
-                     ["DistributedOptimizer", "DistributedOptimizer", "Float16OptimizerWithFloat16Params"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_and_resumed_is_bit_identical(runs, kind):
+    for a, b, c in zip(*(runs[1][f"{kind} {part}"] for part in ("whole", "first", "second"))):
+        assert len(a["losses"]) == 6 and a["losses"] == b["losses"] + c["losses"] and a["norms"] == b["norms"] + c["norms"]
+        assert same(a["weights"], c["weights"]) and not same(b["weights"], c["weights"])
+        assert c["extra"] == {"step_was": 3, "losses": b["losses"]} and c["refused"] == [] == a["events"] + b["events"] + c["events"]
+        assert a["optimizer"] == ("DistributedOptimizer" if "split" in kind else "FP32Optimizer" if kind == "fp32" else "Float16OptimizerWithFloat16Params")
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("bf16, tolerance", [(False, 1e-5), (True, 1e-3)])
-def test_resumed_in_other_layouts_the_bits_are_the_same_and_so_is_the_loss(tmp_path, bf16, tolerance):
-    "One process, then TP2, then PP2, then DP2 with the distributed optimizer, then TP2 without; and back to one."
-    at = lambda name: str(tmp_path / name)
-    alone = trained(tmp_path, [dict(folder=at("none"), until=10, bf16=bf16), dict(folder=at("one"), until=2, save=[2], bf16=bf16)])
-    layouts = [("tp2", dict(layout=dict(tp=2, sp=True))), ("pp2", dict(layout=dict(pp=2))), ("dp2", SPLIT), ("tp2 again", dict(layout=dict(tp=2)))]
-    cases, before = [], "one"
-    for i, (name, train) in enumerate(layouts):
-        cases.append(dict(folder=at(name), until=4 + 2 * i, save=[4 + 2 * i], take=at(before), again=at(f"{name} resaved"), train=train, bf16=bf16))
-        before = name
-    found = trained(tmp_path, cases, 2)
-    back, = trained(tmp_path, [dict(folder=at("back"), until=10, take=at("tp2 again"), again=at("back resaved"), bf16=bf16)])
-    losses = alone[1][0]["losses"] + [x for case in found for x in case[0]["losses"]]
-    assert losses == pytest.approx(alone[0][0]["losses"], rel=tolerance) and len(losses) == 10
-    before = "one"
-    for i, name in enumerate([n for n, _ in layouts] + ["back"]):
+def test_resumed_in_other_layouts_the_bits_are_the_same_and_so_is_the_loss(runs, bf16, tolerance):
+    "One process, TP2 with SP, PP2, DP2 with the distributed optimizer, TP2, and one process again."
+    at, found = runs
+    losses = [x for name in CHAIN for x in found[f"{name} {bf16}"][0]["losses"]]
+    assert losses == pytest.approx(found[f"alone {bf16}"][0]["losses"], rel=tolerance) and len(losses) == 10
+    for i, (before, name) in enumerate(zip(CHAIN, list(CHAIN)[1:])):
         step = f"step_{2 + 2 * i}"
-        first, second = tensors(tmp_path / before / step), tensors(tmp_path / f"{name} resaved" / step)
+        first, second = tensors(at / f"{before} {bf16}" / step), tensors(at / f"{name} {bf16} resaved" / step)
         assert same(first, second) and len(first) == 26 * (4 if bf16 else 3), name
-        before = name
 
 
-@pytest.mark.parity
-def test_names_and_shapes_do_not_depend_on_the_layout(tmp_path):
+@pytest.mark.equality
+def test_names_and_shapes_do_not_depend_on_the_layout(runs):
     "What an export reads: fc1 whole, gate then up; layers by global number; masters only where training is in bf16."
-    trained(tmp_path, [dict(folder=str(tmp_path / "a"), until=1, save=[1], bf16=True, train=dict(layout=dict(pp=2)))], 2)
-    held = tensors(tmp_path / "a" / "step_1")
-    assert held["decoder.layers.3.mlp.linear_fc1.weight"].shape == (96, 32) and held["embedding.word_embeddings.weight"].shape == (96, 32)
-    assert {k.removeprefix("optimizer.state.fp32_param.") for k in held if "fp32_param" in k} == {k for k in held if not k.startswith("optimizer")}
-    for k, v in held.items():
-        assert v.dtype == (torch.float32 if k.startswith("optimizer") else torch.bfloat16)
-        if not k.startswith("optimizer"): assert torch.equal(held[f"optimizer.state.fp32_param.{k}"].bfloat16(), v)
+    everywhere = [tensors(runs[0] / f"{name} True" / f"step_{2 + 2 * i}") for i, name in enumerate(list(CHAIN)[:-1])]
+    for held in everywhere:
+        assert {k: v.shape for k, v in held.items()} == {k: v.shape for k, v in everywhere[0].items()}
+        assert held["decoder.layers.3.mlp.linear_fc1.weight"].shape == (96, 32) and held["embedding.word_embeddings.weight"].shape == (96, 32)
+        assert {k.removeprefix("optimizer.state.fp32_param.") for k in held if "fp32_param" in k} == {k for k in held if not k.startswith("optimizer")}
+        for k, v in held.items():
+            assert v.dtype == (torch.float32 if k.startswith("optimizer") else torch.bfloat16)
+            if not k.startswith("optimizer"): assert torch.equal(held[f"optimizer.state.fp32_param.{k}"].bfloat16(), v)
+    assert not any("fp32_param" in k for k in tensors(runs[0] / "one False" / "step_2"))
