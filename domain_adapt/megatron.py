@@ -388,7 +388,7 @@ def check_family(hf, sequence_length: int | None = None) -> None:
     raise UserError(f"model: its config.json cannot be trained here: {said}; Llama 2 and 3, SmolLM, Mistral "
                     "and Qwen 2 and 2.5 can, on sequences no longer than a sliding window")
 
-# %% ../nbs/31_megatron.ipynb #a51ca25a
+# %% ../nbs/31_megatron.ipynb #e69a395e
 def _parallel(train: Train, cuda: bool) -> dict:
     "What the layout and its ways of saving memory are called in megatron-core's configuration."
     layout = train.layout
@@ -403,7 +403,7 @@ def transformer_config(hf, train: Train = Train(), bf16: bool = False) -> Transf
     check_family(hf)
     cuda, fused = torch.cuda.is_available(), transformer_engine()
     keep = lambda weight: weight    # weights are loaded, not drawn; the call still marks them tensor-parallel
-    backend = AttnBackend.local if train.end_of_document == "separate" else AttnBackend.auto
+    ours = not fused or train.end_of_document == "separate"
     return TransformerConfig(
         num_layers=hf.num_hidden_layers, hidden_size=hf.hidden_size, ffn_hidden_size=hf.intermediate_size,
         num_attention_heads=hf.num_attention_heads, num_query_groups=hf.num_key_value_heads,
@@ -411,8 +411,8 @@ def transformer_config(hf, train: Train = Train(), bf16: bool = False) -> Transf
         normalization="RMSNorm", layernorm_epsilon=hf.rms_norm_eps, gated_linear_unit=True,
         activation_func=F.silu, use_te_activation_func=not fused,    # the local spec's SwiGLU
         add_bias_linear=False, add_qkv_bias=hf.model_type == "qwen2", hidden_dropout=0.0, attention_dropout=0.0,
-        attention_backend=backend, init_method=keep, output_layer_init_method=keep, bf16=bf16,
-        params_dtype=torch.float32, pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        attention_backend=AttnBackend.local if ours else AttnBackend.auto, bf16=bf16,
+        init_method=keep, output_layer_init_method=keep, params_dtype=torch.float32, pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         calculate_per_token_loss=True, use_cpu_initialization=not cuda, persist_layer_norm=fused,
         masked_softmax_fusion=False, bias_dropout_fusion=fused, bias_activation_fusion=fused,
         apply_rope_fusion=False, **_parallel(train, cuda))
