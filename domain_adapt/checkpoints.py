@@ -399,7 +399,7 @@ class Copies:
         remove_other(to, files)
         s3.upload(folder, to, files)
 
-# %% ../nbs/33_checkpoints.ipynb #18982a99
+# %% ../nbs/33_checkpoints.ipynb #c59f971c
 class Checkpoints:
     """Checkpoints below `folder`, kept as `save` says and those of the steps in `kept`. Every process calls
     every method; `poll` and `finish` give events {step, what, value, action} that came up since."""
@@ -453,7 +453,8 @@ class Checkpoints:
     def newest(self) -> Path | None:
         "The checkpoint that was last saved or found, without reading it."
         self.saves.settle(wait=True)
-        return on_first(lambda: (s := pointed(self.folder)[0]) and self.folder / f"step_{s}")
+        step, _ = on_first(partial(pointed, self.folder))
+        return None if step is None else self.folder / f"step_{step}"
 
     def load(self, folder: Path, ddp, optimizer) -> tuple[int, dict]:
         "Load what `find` gave, saved in any layout. Gives its step and `extra`. Raises `UserError`."
