@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -37,10 +38,10 @@ def fork(work, *words) -> int:
 def ended(pid: int) -> int: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def begun(folder: Path, kept: set[int] = frozenset(), **save) -> tuple:
+def begun(folder: Path, **save) -> tuple:
     "A model with other weights than training starts from, until it is loaded."
     start(SETTINGS)
-    return *model(SETTINGS, True, "other "), Checkpoints(folder, Save(**save), kept)
+    return *model(SETTINGS, True, "other "), Checkpoints(folder, Save(**save), set())
 
 
 def digest(ddp, optimizer) -> str:
@@ -69,9 +70,9 @@ def first(folder: Path) -> None:
     (folder / "right.json").write_text(json.dumps(right))
 
 
-def resumed(folder: Path) -> tuple:
+def resumed(folder: Path, **save) -> tuple:
     "Go on from what is found, which must be what that step was."
-    ddp, optimizer, kept = begun(folder)
+    ddp, optimizer, kept = begun(folder, **save)
     at, refused = kept.find()
     assert not refused, refused
     step, _ = kept.load(at, ddp, optimizer)
@@ -119,7 +120,7 @@ def killed_at_random(folder: Path) -> dict:
 
 def one_save(folder: Path, kill_at: int, told: int) -> None:
     "Go on by a step and save, as the `kill_at`-th time that the files below `folder` change is about to come."
-    ddp, optimizer, kept, step = resumed(folder)
+    ddp, optimizer, kept, step = resumed(folder, keep=1)
     me, count = os.getpid(), [0]
     def watch(name: str, words: tuple) -> None:
         changes = name in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or name == "open" and "w" in str(words[1])
@@ -251,6 +252,23 @@ def retention(folder: Path) -> None:
     assert kept.load(folder / "step_9", ddp, optimizer) == (9, {"again": 2}) and steps(folder) == [10, 9, 8, 4, 3, 0]
 
 
+def refused_on_both(folder: Path) -> None:
+    "Two processes read a share of the files each, and both refuse what one of them finds."
+    ddp, optimizer, kept, _ = resumed(folder)
+    kept.save(ddp, optimizer, 1, {})
+    kept.finish()
+    torch.distributed.destroy_process_group()
+    file = folder / "step_1" / "common.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    said = f"common.pt has {file.stat().st_size} bytes, not {file.stat().st_size + 1}"
+    def one(rank: int) -> None:
+        store = torch.distributed.FileStore(str(folder / "store"), 2)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        kept = Checkpoints(folder, Save(), set())
+        assert kept.find() == (folder / "step_0", [("step_1", said)]) and kept.newest() == folder / "step_0"
+    assert [ended(p) for p in [fork(one, 0), fork(one, 1)]] == [0, 0]
+
+
 def other_precision(folder: Path) -> None:
     start(SETTINGS)
     kept = Checkpoints(folder, Save(), set())
@@ -262,11 +280,10 @@ def other_precision(folder: Path) -> None:
 if __name__ == "__main__":
     at, found = Path(sys.argv[1]), {}
     assert ended(fork(first, at / "first")) == 0
-    import shutil
     for work in (killed_at_random, killed_at_each_change):
         shutil.copytree(at / "first", at / work.__name__)
         found[work.__name__] = work(at / work.__name__)
-    for work in (moment, writer_killed, writer_orphaned, files_limited, retention, other_precision, *[disk_full] * (len(sys.argv) > 2)):
+    for work in (moment, writer_killed, writer_orphaned, files_limited, retention, refused_on_both, other_precision, *[disk_full] * (len(sys.argv) > 2)):
         folder = at / work.__name__ if work is not disk_full else Path(sys.argv[2]) / "checkpoints"
         shutil.copytree(at / "first", folder)
         found[work.__name__] = ended(fork(work, folder))
