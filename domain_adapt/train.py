@@ -7,7 +7,7 @@ __all__ = ['REQUEUE', 'TOLERANCE', 'export_steps', 'Asked', 'check_logits', 'loa
            'measure', 'save', 'go_on', 'resume', 'due', 'walk', 'load_data', 'begin', 'classes', 'info', 'export',
            'work']
 
-# %% ../nbs/33_train.ipynb #8b37f84d
+# %% ../nbs/33_train.ipynb #6d541ce1
 import contextlib, json, os, platform, resource, shutil, signal, sys, time, traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 import pandas as pd
+from .flops import parameters, shape_of
 from .models import best_dtype, bf16_speedup, load_model, tune_cpu
 from .params import Params, Train, UserError, validate
 from .runs import die_with_parent, environment, write_csv, write_json
@@ -120,15 +121,14 @@ class Training:
         if self.monitor:
             for e in events: self.monitor.event(**e)
 
-# %% ../nbs/33_train.ipynb #1b0f37ea
+# %% ../nbs/33_train.ipynb #d94f4e85
 def accept(run: Training, step: int, loss: float, norm: float) -> bool:
     "Whether to learn from the batch of `step`; if not, that is written down. Raises `UserError` after too many."
-    from domain_adapt.checkpoints import steps
     spike = run.guard.spike(loss, norm)
     if not spike:
         run.guard.learnt(loss, norm)
         return True
-    back = run.t.guard.action == "rollback" and bool(steps(run.checkpoints.folder))
+    back = run.t.guard.action == "rollback" and run.checkpoints.newest() is not None
     run.skipped.add(step)
     if back: run.left_out.add(step)
     run.note([dict(step=step, what=spike.what, value=spike.value, action="rolled back" if back else "skipped")])
@@ -159,7 +159,7 @@ def measure(run: Training) -> dict[str, float]:
         losses[f"heldout/{corpus}"] = total / count
     return losses
 
-# %% ../nbs/33_train.ipynb #34def076
+# %% ../nbs/33_train.ipynb #7ebcecca
 def save(run: Training, step: int) -> None:
     "Begin to write a checkpoint, and write the mixture drawn so far."
     from domain_adapt import batches
@@ -170,7 +170,7 @@ def save(run: Training, step: int) -> None:
 def go_on(run: Training) -> tuple[int, dict]:
     "Load the newest whole checkpoint. Gives its step and what lay beside it: 0 and nothing where there is none."
     from domain_adapt.checkpoints import on_first
-    at, refused = run.checkpoints.found()
+    at, refused = run.checkpoints.find()
     step, extra = run.checkpoints.load(at, run.ddp, run.optimizer) if at else (0, {"facts": {}, "seconds": {}})
     run.note([dict(step=step, what=f"{name} refused", value=why, action="not used") for name, why in refused])
     skipped, run.left_out, recent = on_first(lambda: run.monitor.go_on(step))
@@ -232,7 +232,7 @@ def load_data(job: dict, params: Params, hf) -> tuple:
     on_first(finished.touch)
     return data, heldout, blend
 
-# %% ../nbs/33_train.ipynb #b770615c
+# %% ../nbs/33_train.ipynb #2c28ae91
 def begin(job: dict, params: Params, device, clock: Clock) -> Training:
     "Everything a training needs, at its first step."
     import torch
@@ -248,20 +248,22 @@ def begin(job: dict, params: Params, device, clock: Clock) -> Training:
         ddp, optimizer, check = load(job["model"], params, hf, ids, bf16, device)
     first = torch.distributed.get_rank() == 0
     probed = params.train.precision == "auto"
-    facts = dict(precision="bf16" if bf16 else "fp32", logits_check=check, precision_chosen=
+    facts = dict(parameters=parameters(shape_of(hf.to_dict()))["total"], precision="bf16" if bf16 else "fp32", logits_check=check, precision_chosen=
                  f"bf16 is {bf16_speedup():.1f} times as fast as fp32" if probed else "asked for")
+    watch = Monitor(out, params, hf.to_dict(), facts["precision"]) if first else None
     return Training(params, out, data, blend, heldout, ddp, optimizer,
                     Checkpoints(out / "checkpoints", params.train.save, set(export_steps(params))),
-                    Monitor(out, params, hf) if first else None, Guard(params.train.guard), clock, facts, device)
+                    watch, Guard(params.train.guard), clock, facts, device)
 
-# %% ../nbs/33_train.ipynb #16bc1655
+# %% ../nbs/33_train.ipynb #c956a649
 def classes(run: Training) -> dict[str, str]:
     "Which of megatron-core's classes did the work."
     from domain_adapt.batches import parts
     from domain_adapt.megatron import inner
     name = lambda kind: f"{kind.__module__}.{kind.__qualname__}"
     model = next(c for c in type(inner(run.ddp)).__mro__ if c.__module__.startswith("megatron.core"))
-    used = dict(parallel=run.ddp, optimizer=run.optimizer.chained_optimizers[0], data=run.data, corpus=parts(run.data)[0])
+    used = dict(parallel=run.ddp, optimizer=run.optimizer.chained_optimizers[0], data=run.data,
+                corpus=parts(run.data)[0])
     return dict(model=name(model), **{k: name(type(v)) for k, v in used.items()})
 
 def info(run: Training, step: int) -> dict:
@@ -274,11 +276,12 @@ def info(run: Training, step: int) -> dict:
     drawn = realised(run.data, run.blend, run.learnt(step), run.t.global_batch).query("asked > 0")
     size = [int(part.dataset.sequence_lengths.sum()) for part in parts(run.data)]
     return run.facts | dict(
-        parameters=run.monitor and run.monitor.parameters, tokens=int(drawn["tokens"].sum()),
+        tokens=int(drawn["tokens"].sum()),
         skipped_batches=len(run.skipped), epochs=dict(zip(drawn["corpus"], drawn["tokens"] / size)),
         nodes=run.t.nodes, processes=run.t.world, data_parallel=run.t.data_parallel,
         layout=run.t.layout.model_dump(), threads=torch.get_num_threads(),
         device="cuda" if torch.cuda.is_available() else "cpu", peak_memory_bytes=int(memory),
+        peak=run.monitor and run.monitor.peak,
         seconds={k: round(v, 1) for k, v in run.clock.items()}, megatron=classes(run), versions=environment())
 
 # %% ../nbs/33_train.ipynb #cde6d065
