@@ -234,9 +234,9 @@ def submit(out: Path) -> str:
     write_json(out / "slurm.json", {"job": alive[0]})
     return alive[0]
 
-# %% ../nbs/35_launch.ipynb #ddba5686
-def follow(job: str, params: Params, out: Path) -> str:
-    "Show a job's state and progress until it has ended. Gives its last state, GONE where Slurm has forgotten it."
+# %% ../nbs/35_launch.ipynb #36a2b997
+def follow(job: str, params: Params, out: Path) -> tuple[str, str]:
+    "Show a job's state and progress until it has ended. Gives its last state and why; GONE where Slurm has forgotten it."
     state, reason, left = "PENDING", "", 3
     while left:
         total = params.train.steps if state == "RUNNING" else None
@@ -250,11 +250,11 @@ def follow(job: str, params: Params, out: Path) -> str:
                 if there is None: continue
                 state, reason = there.get(job, ("GONE", ""))
                 reason = "" if reason == "None" else reason
-                if reason in NEVER: return _give_up(job, reason)
+                if reason in NEVER: _give_up(job, reason)
                 left = left - 1 if state in (*ENDED, "GONE") else 3
-    return state
+    return state, reason
 
-def _give_up(job: str, reason: str) -> str:
+def _give_up(job: str, reason: str) -> None:
     _slurm("scancel", job)
     raise UserError(f"train.job: Slurm job {job} would never start ({reason}) and was cancelled; change time, partition "
                     "or options")
@@ -265,7 +265,7 @@ def slurm(params: Params, out: Path) -> None:
     if (out / "job_done").exists(): return
     write_script(params, out)
     job = submit(out)
-    try: state = follow(job, params, out)
+    try: state, reason = follow(job, params, out)
     except KeyboardInterrupt:
         (out / "stop").unlink(missing_ok=True)
         raise Stopped(f"Slurm job {job} goes on: run again to follow it, or cancel it with `scancel {job}`") from None
@@ -275,7 +275,7 @@ def slurm(params: Params, out: Path) -> None:
     if state == "TIMEOUT":
         raise UserError(at.format("ran out of time before it had saved") + ", with a longer train.job.signal_before")
     raise_told(out)
-    raise RuntimeError(at.format(f"ended ({state.lower()})") + f"\n{_tail(out / 'log.txt')}")
+    raise RuntimeError(at.format(f"ended ({state.lower()} {reason})") + f"\n{_tail(out / 'log.txt')}")
 
 # %% ../nbs/35_launch.ipynb #76237dad
 def take_checkpoint(name: str, out: Path) -> None:

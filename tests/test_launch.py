@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def test_the_file_asks_for_what_the_params_say(tmp_path):
     asked = directives(text)
     assert asked["nodes"] == "16=" and asked["ntasks-per-node"] == "1=" and asked["gpus-per-node"] == "h100:8="
     assert asked["signal"] == "USR1@600=" and asked["requeue"] == ""
-    assert asked["job-name"] == "domain-adapt-train-0123=" and asked["output"] == f"{tmp_path}/train-0123/log.txt="
+    assert asked["job-name"] == "domain-adapt-train-0123=" and asked["output"] == f"{tmp_path}/train-0123/log.txt=" and asked["chdir"] == f"{tmp_path}/train-0123="
     assert asked["open-mode"] == "append=" and asked["time"] == "3-00:00:00=" and asked["partition"] == "gpu="
     assert asked["account"] == "lab=" and asked["mem"] == "0=" and asked["exclusive"] == ""
     assert "\nprocesses=8\n" in text and "\nrestarts=7\n" in text and "    module load cuda\n    export A=1\n" in text
@@ -83,6 +84,28 @@ def test_sums_that_do_not_work_out_are_refused():
     for train, why in [(dict(processes=3), "global_batch: 4 .* 4 x 3"), (dict(processes=4, layout=dict(pp=3)), "pp 3 .* = 3 does not divide .* = 4"),
                        (dict(processes=4, layout=dict(tp=2), micro_batch=4), "4 x 2 data-parallel")]:
         with pytest.raises(UserError, match=why): launch.check_layout(params(**train).train)
+
+
+# ---- the command
+
+@pytest.mark.parametrize("launcher", ["slurm", "hyperpod"])
+def test_launch_writes_the_job_and_sends_nothing(cli, tmp_path, launcher):
+    asked = ["launch", "params/tiny.yaml", "--set", f"train.launcher={launcher}"]
+    done = cli(*asked, env={"DOMAIN_ADAPT_OUTPUTS": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    file = Path(done.stdout.strip())
+    assert done.returncode == 0 and file.name == "train.sbatch" and file.parent == (tmp_path / "tiny" / "3_train").resolve(), done.stderr
+    assert f"--job-name=domain-adapt-{file.parent.name}\n" in file.read_text() and subprocess.run(["bash", "-n", file]).returncode == 0
+    assert sorted(p.name for p in file.parent.iterdir()) == ["train.sbatch"]
+
+
+@pytest.mark.fault
+def test_launch_refuses_what_cannot_be_sent(cli, tmp_path):
+    env = {"DOMAIN_ADAPT_OUTPUTS": str(tmp_path)}
+    for more, why in [((), "error: train.launcher: local starts no job; set slurm or hyperpod"),
+                      (("--set", "train.launcher=slurm", "--submit"), "error: stage train reads stage ingest, which is not done"),
+                      (("--set", "train.launcher=slurm", "--set", "train.nodes=3"), "error: train.global_batch: ")]:
+        done = cli("launch", "params/tiny.yaml", *more, env=env)
+        assert done.returncode == 2 and done.stderr.startswith(why), done.stderr
 
 
 # ---- on this machine
@@ -201,7 +224,7 @@ class Standin:
         self.out.mkdir()
         (self.package / "domain_adapt" / "__init__.py").touch()
         (self.package / "domain_adapt" / "train.py").write_text((ROOT / "tests" / "standin_work.py").read_text())
-        setup = [f"package={self.package}", "export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
+        setup = [f"package={shlex.quote(str(self.package))}", "export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
         job = dict(partition="main", time="10", gpus=False, signal_before=60, setup=setup) | job
         size = dict(processes=2) if launcher == "local" else dict(nodes=2)
         self.params = params(launcher=launcher, steps=steps, global_batch=8, job=job, **size)
@@ -237,8 +260,12 @@ class Standin:
 
 @pytest.mark.server
 def test_a_job_on_two_nodes_is_sent_followed_and_done_once(cluster, tmp_path):
-    one = Standin(tmp_path)
+    "In a folder, and with a comment, that sbatch and two shells have to read as they are."
+    name = """it's "x" #1 %j $(touch pwned)"""
+    one = Standin(tmp_path / name, options={"comment": name})
     one.run()
+    told = subprocess.run(["scontrol", "show", "job", one.job], capture_output=True, text=True).stdout
+    assert f"Comment={name} " in told and f"WorkDir={one.out}\n" in told and not list(tmp_path.rglob("pwned"))
     assert one.result == dict(step=STEPS, total=2 * sum(range(1, STEPS + 1)), world=2) and one.log.count("starts on") == 1
     job = one.job
     one.run()
@@ -321,7 +348,7 @@ def test_what_the_user_must_mend_is_not_tried_again(cluster, tmp_path):
 @pytest.mark.fault
 def test_starts_that_bring_nothing_end(cluster, tmp_path):
     one = Standin(tmp_path, setup=["echo nothing is here; exit 3"])
-    with pytest.raises(RuntimeError, match=r"Slurm job \d+ ended \(failed\) at step 0(.|\n)*nothing is here(.|\n)*3 starts running"): one.run()
+    with pytest.raises(RuntimeError, match=r"Slurm job \d+ ended \(failed NonZeroExitCode\) at step 0(.|\n)*nothing is here(.|\n)*3 starts running"): one.run()
     assert one.log.count("starts on") == 3
 
 
