@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 from servers.slurm import has_slurm, slurm
+from test_train import write_tokens
 
 from domain_adapt import launch
-from domain_adapt.params import Params, UserError, validate
+from domain_adapt.params import Params, UserError, load_params, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 40
@@ -208,6 +209,16 @@ def wait(holds, seconds: float = 60):
     return found
 
 
+def behind(work) -> tuple[threading.Thread, list]:
+    errors = []
+    def one():
+        try: work()
+        except BaseException as e: errors.append(e)
+    thread = threading.Thread(target=one)
+    thread.start()
+    return thread, errors
+
+
 def hurry(out: Path, over: threading.Event) -> None:
     "Let a job that was put back into the queue start after two seconds (credentials count in whole ones), not after Slurm's 121."
     while not over.wait(0.5):
@@ -237,16 +248,6 @@ class Standin:
         thread.start()
         try: launch.slurm(self.params, self.out)
         finally: over.set(); thread.join()
-
-    def behind(self) -> tuple[threading.Thread, list]:
-        "`run` in a thread, and where its error will be."
-        errors = []
-        def one():
-            try: self.run()
-            except BaseException as e: errors.append(e)
-        thread = threading.Thread(target=one)
-        thread.start()
-        return thread, errors
 
     @property
     def job(self) -> str: return json.loads((self.out / "slurm.json").read_text())["job"]
@@ -310,7 +311,7 @@ def test_a_job_that_is_there_is_found_though_its_sender_was_killed(cluster, tmp_
 @pytest.mark.fault
 def test_looking_away_leaves_the_job_alone(cluster, tmp_path):
     one = Standin(tmp_path)
-    thread, errors = one.behind()
+    thread, errors = behind(one.run)
     wait(lambda: one.step >= 3)
     (one.out / "stop").touch()
     thread.join()
@@ -324,7 +325,7 @@ def test_looking_away_leaves_the_job_alone(cluster, tmp_path):
 @pytest.mark.fault
 def test_a_cancelled_job_is_told_and_stays_cancelled(cluster, tmp_path):
     one = Standin(tmp_path, steps=5000)
-    thread, errors = one.behind()
+    thread, errors = behind(one.run)
     wait(lambda: one.step >= 7)
     subprocess.run(["scancel", one.job], check=True)
     thread.join()
@@ -362,3 +363,79 @@ def test_what_slurm_refuses_is_told(cluster, tmp_path, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(UserError, match="no squeue on this machine"):
         m.setenv("PATH", str(tmp_path))
         launch.submit(one.out)
+
+
+# ---- the trainer itself
+
+REAL = ("train.steps=40", "train.warmup=2", "train.precision=fp32", "train.global_batch=4", "train.micro_batch=2", "train.lr=0.003",
+        "train.export_at=[1.0]", "train.save.every=5", "train.validation.every=40", "train.validation.tokens=300")
+ON_NODES = ("train.launcher=slurm", "train.nodes=2", "train.job.gpus=false", "train.job.time=10",
+            "train.job.setup=[export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1]")
+
+
+def bytes_of(out: Path) -> dict[str, bytes]: return {p.name: p.read_bytes() for p in sorted((out / "hf" / "step_40").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path: return write_tokens(tmp_path_factory.mktemp("run") / "tokens")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_llama, tokens) -> Path:
+    "Two processes on this machine."
+    out = tmp_path_factory.mktemp("uninterrupted")
+    launch.train(load_params(ROOT / "params" / "tiny.yaml", (f"model={tiny_llama}", *REAL, "train.processes=2")), {"tokens": tokens}, out)
+    return out
+
+
+def rank(out: Path, n: int) -> psutil.Process | None:
+    "The process of rank `n` that works in `out`."
+    for p in psutil.process_iter(["cmdline", "environ"]):
+        if p.info["environ"] and str(out / "job.json") in " ".join(p.info["cmdline"] or []) and p.info["environ"].get("RANK") == str(n): return p
+
+
+@pytest.mark.server
+@pytest.mark.fault
+@pytest.mark.equality
+def test_two_nodes_with_a_rank_killed_end_with_the_same_model(cluster, tiny_llama, tokens, uninterrupted, tmp_path):
+    out, over = tmp_path / "train-0123", threading.Event()
+    out.mkdir()
+    p = load_params(ROOT / "params" / "tiny.yaml", (f"model={tiny_llama}", *REAL, *ON_NODES))
+    thread, errors = behind(lambda: launch.train(p, {"tokens": tokens}, out))
+    pusher = threading.Thread(target=hurry, args=(out, over))
+    pusher.start()
+    try:
+        wait(lambda: launch.step_done(out) >= 12, 120)
+        rank(out, 1).kill()
+        thread.join(200)
+    finally: over.set(); pusher.join()
+    assert not errors and (out / "log.txt").read_text().count("starts on") == 2
+    assert bytes_of(out) == bytes_of(uninterrupted)
+    assert (out / "mixture.csv").read_bytes() == (uninterrupted / "mixture.csv").read_bytes()
+
+
+@pytest.mark.fault
+@pytest.mark.equality
+def test_stopped_here_it_ends_with_the_same_model(tiny_llama, tokens, uninterrupted, tmp_path):
+    p = load_params(ROOT / "params" / "tiny.yaml", (f"model={tiny_llama}", *REAL, "train.processes=2"))
+    thread, errors = behind(lambda: launch.train(p, {"tokens": tokens}, tmp_path))
+    wait(lambda: launch.step_done(tmp_path) >= 7)
+    (tmp_path / "stop").touch()
+    thread.join(60)
+    assert isinstance(errors[0], launch.Stopped) and 7 <= json.loads((tmp_path / "stopped.json").read_text())["step"] < 40
+    launch.train(p, {"tokens": tokens}, tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(uninterrupted)
+
+
+@pytest.mark.fault
+def test_the_command_line_ends_with_75_when_training_was_stopped(cli, tmp_path):
+    words, env = ("train", "params/tiny.yaml", "--set", "train.steps=2000"), {"DOMAIN_ADAPT_OUTPUTS": str(tmp_path)}
+    child = subprocess.Popen([sys.executable, "-m", "domain_adapt.cli", *words], cwd=ROOT, env=os.environ | env, text=True, stderr=subprocess.PIPE)
+    out = tmp_path / "tiny" / "3_train"
+    wait(lambda: launch.step_done(out) >= 5, 200)
+    children = psutil.Process(child.pid).children(recursive=True)
+    child.send_signal(signal.SIGTERM)
+    error = child.communicate(timeout=100)[1]
+    saved = json.loads((out / "stopped.json").read_text())["step"]
+    assert child.returncode == 75 and f"training was stopped and is saved at step {saved}; run again" in error and "error:" not in error
+    assert not psutil.wait_procs(children, timeout=20)[1] and (out / "checkpoints" / "latest.json").exists()
