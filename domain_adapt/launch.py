@@ -70,7 +70,7 @@ def _torchrun(train: Train, out: Path) -> list[str]:
             f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={train.job.signal_before}",
             "--no-python", sys.executable, "-W", "ignore", "-c", work_command(out)]
 
-# %% ../nbs/35_launch.ipynb #b28adbe3
+# %% ../nbs/35_launch.ipynb #8e60ee1b
 def _asked(out: Path) -> bool:
     "Whether somebody asked this process to stop; a file left from before it started does not count."
     file = out / "stop"
@@ -87,7 +87,7 @@ def _wait(child: subprocess.Popen, train: Train, out: Path) -> None:
     with progress(total=train.steps, description="train") as bar:
         while child.poll() is None and (end is None or time.monotonic() < end):
             time.sleep(0.2)
-            bar.update(step_done(out) - bar.n)
+            if step := step_done(out) - bar.n: bar.update(step)
             if end is None and _asked(out):
                 child.terminate()
                 end = time.monotonic() + train.job.signal_before
@@ -234,7 +234,7 @@ def submit(out: Path) -> str:
     write_json(out / "slurm.json", {"job": alive[0]})
     return alive[0]
 
-# %% ../nbs/35_launch.ipynb #36a2b997
+# %% ../nbs/35_launch.ipynb #9d6a5fe6
 def follow(job: str, params: Params, out: Path) -> tuple[str, str]:
     "Show a job's state and progress until it has ended. Gives its last state and why; GONE where Slurm has forgotten it."
     state, reason, left = "PENDING", "", 3
@@ -243,7 +243,7 @@ def follow(job: str, params: Params, out: Path) -> tuple[str, str]:
         now = state, reason
         with progress(total=total, description=f"train: Slurm job {job} {state.lower()} {reason}".strip()) as bar:
             while left and (state, reason) == now:
-                if total: bar.update(step_done(out) - bar.n)
+                if total and (step := step_done(out) - bar.n): bar.update(step)
                 if _asked(out): raise KeyboardInterrupt
                 time.sleep(POLL)
                 there = jobs(out)

@@ -367,13 +367,13 @@ def test_what_slurm_refuses_is_told(cluster, tmp_path, monkeypatch):
 
 # ---- the trainer itself
 
-REAL = ("train.steps=40", "train.warmup=2", "train.precision=fp32", "train.global_batch=4", "train.micro_batch=2", "train.lr=0.003",
-        "train.export_at=[1.0]", "train.save.every=5", "train.validation.every=40", "train.validation.tokens=300")
-ON_NODES = ("train.launcher=slurm", "train.nodes=2", "train.job.gpus=false", "train.job.time=10",
+REAL = ("train.steps=200", "train.warmup=2", "train.precision=fp32", "train.global_batch=4", "train.micro_batch=2", "train.lr=0.003",
+        "train.export_at=[1.0]", "train.save.every=20", "train.validation.every=200", "train.validation.tokens=300")
+ON_NODES = ("train.launcher=slurm", "train.nodes=2", "train.job.gpus=false", "train.job.time='10'",
             "train.job.setup=[export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1]")
 
 
-def bytes_of(out: Path) -> dict[str, bytes]: return {p.name: p.read_bytes() for p in sorted((out / "hf" / "step_40").iterdir())}
+def bytes_of(out: Path) -> dict[str, bytes]: return {p.name: p.read_bytes() for p in sorted((out / "hf" / "step_200").iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +405,7 @@ def test_two_nodes_with_a_rank_killed_end_with_the_same_model(cluster, tiny_llam
     pusher = threading.Thread(target=hurry, args=(out, over))
     pusher.start()
     try:
-        wait(lambda: launch.step_done(out) >= 12, 120)
+        wait(lambda: launch.step_done(out) >= 50, 120)
         rank(out, 1).kill()
         thread.join(200)
     finally: over.set(); pusher.join()
@@ -422,7 +422,7 @@ def test_stopped_here_it_ends_with_the_same_model(tiny_llama, tokens, uninterrup
     wait(lambda: launch.step_done(tmp_path) >= 7)
     (tmp_path / "stop").touch()
     thread.join(60)
-    assert isinstance(errors[0], launch.Stopped) and 7 <= json.loads((tmp_path / "stopped.json").read_text())["step"] < 40
+    assert isinstance(errors[0], launch.Stopped) and 7 <= json.loads((tmp_path / "stopped.json").read_text())["step"] < 200
     launch.train(p, {"tokens": tokens}, tmp_path)
     assert bytes_of(tmp_path) == bytes_of(uninterrupted)
 
