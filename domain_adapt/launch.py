@@ -145,7 +145,7 @@ def _directives(options: dict[str, str]) -> str:
     line = lambda key, value: f"#SBATCH --{key}" + (f"={shlex.quote(str(value))}" if value != "" else "")
     return "\n".join(line(*pair) for pair in options.items())
 
-# %% ../nbs/35_launch.ipynb #35fa2af4
+# %% ../nbs/35_launch.ipynb #5cfccb4b
 JOB = r'''
 # What every node runs: torchrun, which passes USR1 and TERM on to its processes; they save and end.
 node() {
@@ -168,7 +168,7 @@ export -f setup node
 rm -f error.json stopped.json
 before=$(cksum checkpoints/latest.json 2>&1)
 echo "$(date) job $SLURM_JOB_ID starts on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"
-srun --export=ALL --kill-on-bad-exit=1 --wait=0 --label $auto_resume bash -c node && touch job_done && exit 0
+srun --export=ALL --kill-on-bad-exit=1 --wait=0 --label $auto_resume bash -c node && rm -f fruitless && touch job_done && exit 0
 
 # It ended early. Back into the queue, unless that would not help.
 tries=0

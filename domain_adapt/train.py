@@ -232,7 +232,7 @@ def load_data(job: dict, params: Params, hf) -> tuple:
     on_first(finished.touch)
     return data, heldout, blend
 
-# %% ../nbs/33_train.ipynb #cb68f386
+# %% ../nbs/33_train.ipynb #2c28ae91
 def begin(job: dict, params: Params, device, clock: Clock) -> Training:
     "Everything a training needs, at its first step."
     import torch
@@ -250,18 +250,20 @@ def begin(job: dict, params: Params, device, clock: Clock) -> Training:
     probed = params.train.precision == "auto"
     facts = dict(parameters=parameters(shape_of(hf.to_dict()))["total"], precision="bf16" if bf16 else "fp32", logits_check=check, precision_chosen=
                  f"bf16 is {bf16_speedup():.1f} times as fast as fp32" if probed else "asked for")
+    watch = Monitor(out, params, hf.to_dict(), facts["precision"]) if first else None
     return Training(params, out, data, blend, heldout, ddp, optimizer,
                     Checkpoints(out / "checkpoints", params.train.save, set(export_steps(params))),
-                    Monitor(out, params, hf) if first else None, Guard(params.train.guard), clock, facts, device)
+                    watch, Guard(params.train.guard), clock, facts, device)
 
-# %% ../nbs/33_train.ipynb #f8d56f3b
+# %% ../nbs/33_train.ipynb #c956a649
 def classes(run: Training) -> dict[str, str]:
     "Which of megatron-core's classes did the work."
     from domain_adapt.batches import parts
     from domain_adapt.megatron import inner
     name = lambda kind: f"{kind.__module__}.{kind.__qualname__}"
     model = next(c for c in type(inner(run.ddp)).__mro__ if c.__module__.startswith("megatron.core"))
-    used = dict(parallel=run.ddp, optimizer=run.optimizer.chained_optimizers[0], data=run.data, corpus=parts(run.data)[0])
+    used = dict(parallel=run.ddp, optimizer=run.optimizer.chained_optimizers[0], data=run.data,
+                corpus=parts(run.data)[0])
     return dict(model=name(model), **{k: name(type(v)) for k, v in used.items()})
 
 def info(run: Training, step: int) -> dict:
@@ -279,6 +281,7 @@ def info(run: Training, step: int) -> dict:
         nodes=run.t.nodes, processes=run.t.world, data_parallel=run.t.data_parallel,
         layout=run.t.layout.model_dump(), threads=torch.get_num_threads(),
         device="cuda" if torch.cuda.is_available() else "cpu", peak_memory_bytes=int(memory),
+        peak=run.monitor and run.monitor.peak,
         seconds={k: round(v, 1) for k, v in run.clock.items()}, megatron=classes(run), versions=environment())
 
 # %% ../nbs/33_train.ipynb #cde6d065

@@ -46,7 +46,7 @@ def write_tokens(folder: Path, documents: int = 12, length: int = 300) -> Path:
     return folder
 
 
-TIMED = ["tokens_per_second", "mfu", "memory_bytes"]
+TIMED = ["tokens_per_second", "mfu", "mfu_with_attention", "memory_bytes"]
 VARIANTS = {"first": ("train.precision=fp32",), "again": ("train.precision=fp32",), "pair": ("train.precision=fp32", "train.processes=2"),
             "bf16": ("train.precision=bf16",)}
 
