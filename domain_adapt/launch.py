@@ -70,7 +70,7 @@ def _torchrun(train: Train, out: Path) -> list[str]:
             f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={train.job.signal_before}",
             "--no-python", sys.executable, "-W", "ignore", "-c", work_command(out)]
 
-# %% ../nbs/35_launch.ipynb #b28adbe3
+# %% ../nbs/35_launch.ipynb #8e60ee1b
 def _asked(out: Path) -> bool:
     "Whether somebody asked this process to stop; a file left from before it started does not count."
     file = out / "stop"
@@ -87,7 +87,7 @@ def _wait(child: subprocess.Popen, train: Train, out: Path) -> None:
     with progress(total=train.steps, description="train") as bar:
         while child.poll() is None and (end is None or time.monotonic() < end):
             time.sleep(0.2)
-            bar.update(step_done(out) - bar.n)
+            if step := step_done(out) - bar.n: bar.update(step)
             if end is None and _asked(out):
                 child.terminate()
                 end = time.monotonic() + train.job.signal_before
@@ -145,7 +145,7 @@ def _directives(options: dict[str, str]) -> str:
     line = lambda key, value: f"#SBATCH --{key}" + (f"={shlex.quote(str(value))}" if value != "" else "")
     return "\n".join(line(*pair) for pair in options.items())
 
-# %% ../nbs/35_launch.ipynb #e64bfec5
+# %% ../nbs/35_launch.ipynb #5cfccb4b
 JOB = r'''
 # What every node runs: torchrun, which passes USR1 and TERM on to its processes; they save and end.
 node() {
@@ -168,7 +168,7 @@ export -f setup node
 rm -f error.json stopped.json
 before=$(cksum checkpoints/latest.json 2>&1)
 echo "$(date) job $SLURM_JOB_ID starts on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"
-srun --export=ALL --kill-on-bad-exit=1 --label $auto_resume bash -c node && touch job_done && exit 0
+srun --export=ALL --kill-on-bad-exit=1 --wait=0 --label $auto_resume bash -c node && rm -f fruitless && touch job_done && exit 0
 
 # It ended early. Back into the queue, unless that would not help.
 tries=0
@@ -234,27 +234,27 @@ def submit(out: Path) -> str:
     write_json(out / "slurm.json", {"job": alive[0]})
     return alive[0]
 
-# %% ../nbs/35_launch.ipynb #ddba5686
-def follow(job: str, params: Params, out: Path) -> str:
-    "Show a job's state and progress until it has ended. Gives its last state, GONE where Slurm has forgotten it."
+# %% ../nbs/35_launch.ipynb #9d6a5fe6
+def follow(job: str, params: Params, out: Path) -> tuple[str, str]:
+    "Show a job's state and progress until it has ended. Gives its last state and why; GONE where Slurm has forgotten it."
     state, reason, left = "PENDING", "", 3
     while left:
         total = params.train.steps if state == "RUNNING" else None
         now = state, reason
         with progress(total=total, description=f"train: Slurm job {job} {state.lower()} {reason}".strip()) as bar:
             while left and (state, reason) == now:
-                if total: bar.update(step_done(out) - bar.n)
+                if total and (step := step_done(out) - bar.n): bar.update(step)
                 if _asked(out): raise KeyboardInterrupt
                 time.sleep(POLL)
                 there = jobs(out)
                 if there is None: continue
                 state, reason = there.get(job, ("GONE", ""))
                 reason = "" if reason == "None" else reason
-                if reason in NEVER: return _give_up(job, reason)
+                if reason in NEVER: _give_up(job, reason)
                 left = left - 1 if state in (*ENDED, "GONE") else 3
-    return state
+    return state, reason
 
-def _give_up(job: str, reason: str) -> str:
+def _give_up(job: str, reason: str) -> None:
     _slurm("scancel", job)
     raise UserError(f"train.job: Slurm job {job} would never start ({reason}) and was cancelled; change time, partition "
                     "or options")
@@ -265,7 +265,7 @@ def slurm(params: Params, out: Path) -> None:
     if (out / "job_done").exists(): return
     write_script(params, out)
     job = submit(out)
-    try: state = follow(job, params, out)
+    try: state, reason = follow(job, params, out)
     except KeyboardInterrupt:
         (out / "stop").unlink(missing_ok=True)
         raise Stopped(f"Slurm job {job} goes on: run again to follow it, or cancel it with `scancel {job}`") from None
@@ -275,7 +275,7 @@ def slurm(params: Params, out: Path) -> None:
     if state == "TIMEOUT":
         raise UserError(at.format("ran out of time before it had saved") + ", with a longer train.job.signal_before")
     raise_told(out)
-    raise RuntimeError(at.format(f"ended ({state.lower()})") + f"\n{_tail(out / 'log.txt')}")
+    raise RuntimeError(at.format(f"ended ({state.lower()} {reason})") + f"\n{_tail(out / 'log.txt')}")
 
 # %% ../nbs/35_launch.ipynb #76237dad
 def take_checkpoint(name: str, out: Path) -> None:

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 from servers.slurm import has_slurm, slurm
+from test_train import write_tokens
 
 from domain_adapt import launch
-from domain_adapt.params import Params, UserError, validate
+from domain_adapt.params import Params, UserError, load_params, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 40
@@ -38,7 +40,7 @@ def test_the_file_asks_for_what_the_params_say(tmp_path):
     asked = directives(text)
     assert asked["nodes"] == "16=" and asked["ntasks-per-node"] == "1=" and asked["gpus-per-node"] == "h100:8="
     assert asked["signal"] == "USR1@600=" and asked["requeue"] == ""
-    assert asked["job-name"] == "domain-adapt-train-0123=" and asked["output"] == f"{tmp_path}/train-0123/log.txt="
+    assert asked["job-name"] == "domain-adapt-train-0123=" and asked["output"] == f"{tmp_path}/train-0123/log.txt=" and asked["chdir"] == f"{tmp_path}/train-0123="
     assert asked["open-mode"] == "append=" and asked["time"] == "3-00:00:00=" and asked["partition"] == "gpu="
     assert asked["account"] == "lab=" and asked["mem"] == "0=" and asked["exclusive"] == ""
     assert "\nprocesses=8\n" in text and "\nrestarts=7\n" in text and "    module load cuda\n    export A=1\n" in text
@@ -83,6 +85,28 @@ def test_sums_that_do_not_work_out_are_refused():
     for train, why in [(dict(processes=3), "global_batch: 4 .* 4 x 3"), (dict(processes=4, layout=dict(pp=3)), "pp 3 .* = 3 does not divide .* = 4"),
                        (dict(processes=4, layout=dict(tp=2), micro_batch=4), "4 x 2 data-parallel")]:
         with pytest.raises(UserError, match=why): launch.check_layout(params(**train).train)
+
+
+# ---- the command
+
+@pytest.mark.parametrize("launcher", ["slurm", "hyperpod"])
+def test_launch_writes_the_job_and_sends_nothing(cli, tmp_path, launcher):
+    asked = ["launch", "params/tiny.yaml", "--set", f"train.launcher={launcher}"]
+    done = cli(*asked, env={"DOMAIN_ADAPT_OUTPUTS": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    file = Path(done.stdout.strip())
+    assert done.returncode == 0 and file.name == "train.sbatch" and file.parent == (tmp_path / "tiny" / "3_train").resolve(), done.stderr
+    assert f"--job-name=domain-adapt-{file.parent.name}\n" in file.read_text() and subprocess.run(["bash", "-n", file]).returncode == 0
+    assert sorted(p.name for p in file.parent.iterdir()) == ["train.sbatch"]
+
+
+@pytest.mark.fault
+def test_launch_refuses_what_cannot_be_sent(cli, tmp_path):
+    env = {"DOMAIN_ADAPT_OUTPUTS": str(tmp_path)}
+    for more, why in [((), "error: train.launcher: local starts no job; set slurm or hyperpod"),
+                      (("--set", "train.launcher=slurm", "--submit"), "error: stage train reads stage ingest, which is not done"),
+                      (("--set", "train.launcher=slurm", "--set", "train.nodes=3"), "error: train.global_batch: ")]:
+        done = cli("launch", "params/tiny.yaml", *more, env=env)
+        assert done.returncode == 2 and done.stderr.startswith(why), done.stderr
 
 
 # ---- on this machine
@@ -185,6 +209,16 @@ def wait(holds, seconds: float = 60):
     return found
 
 
+def behind(work) -> tuple[threading.Thread, list]:
+    errors = []
+    def one():
+        try: work()
+        except BaseException as e: errors.append(e)
+    thread = threading.Thread(target=one)
+    thread.start()
+    return thread, errors
+
+
 def hurry(out: Path, over: threading.Event) -> None:
     "Let a job that was put back into the queue start after two seconds (credentials count in whole ones), not after Slurm's 121."
     while not over.wait(0.5):
@@ -201,7 +235,7 @@ class Standin:
         self.out.mkdir()
         (self.package / "domain_adapt" / "__init__.py").touch()
         (self.package / "domain_adapt" / "train.py").write_text((ROOT / "tests" / "standin_work.py").read_text())
-        setup = [f"package={self.package}", "export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
+        setup = [f"package={shlex.quote(str(self.package))}", "export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
         job = dict(partition="main", time="10", gpus=False, signal_before=60, setup=setup) | job
         size = dict(processes=2) if launcher == "local" else dict(nodes=2)
         self.params = params(launcher=launcher, steps=steps, global_batch=8, job=job, **size)
@@ -215,16 +249,6 @@ class Standin:
         try: launch.slurm(self.params, self.out)
         finally: over.set(); thread.join()
 
-    def behind(self) -> tuple[threading.Thread, list]:
-        "`run` in a thread, and where its error will be."
-        errors = []
-        def one():
-            try: self.run()
-            except BaseException as e: errors.append(e)
-        thread = threading.Thread(target=one)
-        thread.start()
-        return thread, errors
-
     @property
     def job(self) -> str: return json.loads((self.out / "slurm.json").read_text())["job"]
     @property
@@ -237,8 +261,12 @@ class Standin:
 
 @pytest.mark.server
 def test_a_job_on_two_nodes_is_sent_followed_and_done_once(cluster, tmp_path):
-    one = Standin(tmp_path)
+    "In a folder, and with a comment, that sbatch and two shells have to read as they are."
+    name = """it's "x" #1 %j $(touch pwned)"""
+    one = Standin(tmp_path / name, options={"comment": name})
     one.run()
+    told = subprocess.run(["scontrol", "show", "job", one.job], capture_output=True, text=True).stdout
+    assert f"Comment={name} " in told and f"WorkDir={one.out}\n" in told and not list(tmp_path.rglob("pwned"))
     assert one.result == dict(step=STEPS, total=2 * sum(range(1, STEPS + 1)), world=2) and one.log.count("starts on") == 1
     job = one.job
     one.run()
@@ -283,7 +311,7 @@ def test_a_job_that_is_there_is_found_though_its_sender_was_killed(cluster, tmp_
 @pytest.mark.fault
 def test_looking_away_leaves_the_job_alone(cluster, tmp_path):
     one = Standin(tmp_path)
-    thread, errors = one.behind()
+    thread, errors = behind(one.run)
     wait(lambda: one.step >= 3)
     (one.out / "stop").touch()
     thread.join()
@@ -297,7 +325,7 @@ def test_looking_away_leaves_the_job_alone(cluster, tmp_path):
 @pytest.mark.fault
 def test_a_cancelled_job_is_told_and_stays_cancelled(cluster, tmp_path):
     one = Standin(tmp_path, steps=5000)
-    thread, errors = one.behind()
+    thread, errors = behind(one.run)
     wait(lambda: one.step >= 7)
     subprocess.run(["scancel", one.job], check=True)
     thread.join()
@@ -321,7 +349,7 @@ def test_what_the_user_must_mend_is_not_tried_again(cluster, tmp_path):
 @pytest.mark.fault
 def test_starts_that_bring_nothing_end(cluster, tmp_path):
     one = Standin(tmp_path, setup=["echo nothing is here; exit 3"])
-    with pytest.raises(RuntimeError, match=r"Slurm job \d+ ended \(failed\) at step 0(.|\n)*nothing is here(.|\n)*3 starts running"): one.run()
+    with pytest.raises(RuntimeError, match=r"Slurm job \d+ ended \(failed NonZeroExitCode\) at step 0(.|\n)*nothing is here(.|\n)*3 starts running"): one.run()
     assert one.log.count("starts on") == 3
 
 
@@ -335,3 +363,79 @@ def test_what_slurm_refuses_is_told(cluster, tmp_path, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(UserError, match="no squeue on this machine"):
         m.setenv("PATH", str(tmp_path))
         launch.submit(one.out)
+
+
+# ---- the trainer itself
+
+REAL = ("train.steps=200", "train.warmup=2", "train.precision=fp32", "train.global_batch=4", "train.micro_batch=2", "train.lr=0.003",
+        "train.export_at=[1.0]", "train.save.every=20", "train.validation.every=200", "train.validation.tokens=300")
+ON_NODES = ("train.launcher=slurm", "train.nodes=2", "train.job.gpus=false", "train.job.time='10'",
+            "train.job.setup=[export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1]")
+
+
+def bytes_of(out: Path) -> dict[str, bytes]: return {p.name: p.read_bytes() for p in sorted((out / "hf" / "step_200").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path: return write_tokens(tmp_path_factory.mktemp("run") / "tokens")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_llama, tokens) -> Path:
+    "Two processes on this machine."
+    out = tmp_path_factory.mktemp("uninterrupted")
+    launch.train(load_params(ROOT / "params" / "tiny.yaml", (f"model={tiny_llama}", *REAL, "train.processes=2")), {"tokens": tokens}, out)
+    return out
+
+
+def rank(out: Path, n: int) -> psutil.Process | None:
+    "The process of rank `n` that works in `out`."
+    for p in psutil.process_iter(["cmdline", "environ"]):
+        if p.info["environ"] and str(out / "job.json") in " ".join(p.info["cmdline"] or []) and p.info["environ"].get("RANK") == str(n): return p
+
+
+@pytest.mark.server
+@pytest.mark.fault
+@pytest.mark.equality
+def test_two_nodes_with_a_rank_killed_end_with_the_same_model(cluster, tiny_llama, tokens, uninterrupted, tmp_path):
+    out, over = tmp_path / "train-0123", threading.Event()
+    out.mkdir()
+    p = load_params(ROOT / "params" / "tiny.yaml", (f"model={tiny_llama}", *REAL, *ON_NODES))
+    thread, errors = behind(lambda: launch.train(p, {"tokens": tokens}, out))
+    pusher = threading.Thread(target=hurry, args=(out, over))
+    pusher.start()
+    try:
+        wait(lambda: launch.step_done(out) >= 50, 120)
+        rank(out, 1).kill()
+        thread.join(200)
+    finally: over.set(); pusher.join()
+    assert not errors and (out / "log.txt").read_text().count("starts on") == 2
+    assert bytes_of(out) == bytes_of(uninterrupted)
+    assert (out / "mixture.csv").read_bytes() == (uninterrupted / "mixture.csv").read_bytes()
+
+
+@pytest.mark.fault
+@pytest.mark.equality
+def test_stopped_here_it_ends_with_the_same_model(tiny_llama, tokens, uninterrupted, tmp_path):
+    p = load_params(ROOT / "params" / "tiny.yaml", (f"model={tiny_llama}", *REAL, "train.processes=2"))
+    thread, errors = behind(lambda: launch.train(p, {"tokens": tokens}, tmp_path))
+    wait(lambda: launch.step_done(tmp_path) >= 7)
+    (tmp_path / "stop").touch()
+    thread.join(60)
+    assert isinstance(errors[0], launch.Stopped) and 7 <= json.loads((tmp_path / "stopped.json").read_text())["step"] < 200
+    launch.train(p, {"tokens": tokens}, tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(uninterrupted)
+
+
+@pytest.mark.fault
+def test_the_command_line_ends_with_75_when_training_was_stopped(cli, tmp_path):
+    words, env = ("train", "params/tiny.yaml", "--set", "train.steps=2000"), {"DOMAIN_ADAPT_OUTPUTS": str(tmp_path)}
+    child = subprocess.Popen([sys.executable, "-m", "domain_adapt.cli", *words], cwd=ROOT, env=os.environ | env, text=True, stderr=subprocess.PIPE)
+    out = tmp_path / "tiny" / "3_train"
+    wait(lambda: launch.step_done(out) >= 5, 200)
+    children = psutil.Process(child.pid).children(recursive=True)
+    child.send_signal(signal.SIGTERM)
+    error = child.communicate(timeout=100)[1]
+    saved = json.loads((out / "stopped.json").read_text())["step"]
+    assert child.returncode == 75 and f"training was stopped and is saved at step {saved}; run again" in error and "error:" not in error
+    assert not psutil.wait_procs(children, timeout=20)[1] and (out / "checkpoints" / "latest.json").exists()
