@@ -8,8 +8,8 @@ __all__ = ['FAMILIES', 'ROWS', 'LONGEST_BLOCKED', 'CHUNK', 'GPU_OVERHEAD', 'FULL
            'layouts', 'saves', 'storage', 'exported_width', 'cost', 'plan', 'show', 'disk_problems', 'token_problems',
            'problems_here']
 
-# %% ../nbs/34_plan.ipynb #f7843096
-import functools, json, math, os, re, shutil
+# %% ../nbs/34_plan.ipynb #a29cb500
+import functools, json, math, re, shutil
 from collections.abc import Mapping
 from pathlib import Path
 import yaml
@@ -17,7 +17,7 @@ from .assets import ASSETS, cache_folder
 from .flops import Shape, flops_per_token, parameters, shape_of
 from .models import PACKAGED
 from .params import Params, Train, UserError
-from .runs import PACKAGE, Run, local_path, outputs, up_to_date
+from .runs import PACKAGE, Run, local_path
 
 # %% ../nbs/34_plan.ipynb #4e99ed89
 @functools.cache
@@ -87,8 +87,17 @@ def _model_problems(train: Train, length: int, shape: Shape) -> list[str]:
                      "(max_position_embeddings)")
     return found
 
-# %% ../nbs/34_plan.ipynb #46ec5c8e
+# %% ../nbs/34_plan.ipynb #dc289416
 FAMILIES = ("llama", "mistral", "qwen2")
+
+def _unsupported(config: Mapping) -> list[str]:
+    "What of the configuration `megatron` does not compute, as far as it can be said without importing it."
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    wrong = {"model_type": config.get("model_type") not in FAMILIES, "attention_bias": config.get("attention_bias"),
+             "mlp_bias": config.get("mlp_bias"), "hidden_act": config.get("hidden_act", "silu") != "silu"}
+    found = [f"{key} is {config.get(key)!r}" for key, is_wrong in wrong.items() if is_wrong]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return found + ([] if kind in ("default", "llama3") else [f"its rope_type is {kind!r}"])
 
 def problems(params: Params, config: Mapping | None) -> list[str]:
     "What is wrong with the training, as the YAML and the model's configuration (None: unknown) tell."
@@ -96,9 +105,8 @@ def problems(params: Params, config: Mapping | None) -> list[str]:
     if train.checkpoint: return []
     found = _batch_problems(train, length)
     if config is None: return found
-    if config.get("model_type") not in FAMILIES:
-        return found + [f"model: {params.model} is of model_type {config.get('model_type')!r}, which cannot be trained "
-                        f"here; {', '.join(FAMILIES)} can"]
+    if other := _unsupported(config):
+        return found + [f"model: {params.model} cannot be trained here: {', '.join(other)}; plain {', '.join(FAMILIES)} can"]
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window and window < length:
         found.append(f"tokens.sequence_length: {length} is longer than the {window} tokens that the model's "
@@ -245,7 +253,7 @@ def cost(shape: Shape, train: Train, length: int) -> dict[str, float]:
                 days=tokens / speed / 86400, gpu_hours=tokens / speed / 3600 * train.world,
                 dollars=tokens / speed / 3600 * train.world * gpu.dollars_per_hour)
 
-# %% ../nbs/34_plan.ipynb #869a6e9b
+# %% ../nbs/34_plan.ipynb #7e6af34f
 def _assumptions(train: Train) -> list[str]:
     g = train.gpu
     return [
@@ -280,7 +288,7 @@ def plan(params: Params) -> dict:
                         "ones; download the model, or give a folder with its config.json")
     wrong = problems(params, config)
     found = dict(run=params.run, model=params.model, problems=wrong)
-    if config.get("model_type") not in FAMILIES: return found
+    if _unsupported(config): return found
     shape, bf16 = shape_of(config), train.precision != "fp32"
     found["parameters"] = parameters(shape)
     if train.checkpoint: return found | dict(notes=[f"nothing is trained: {train.checkpoint} is taken"])
@@ -296,13 +304,18 @@ def plan(params: Params) -> dict:
     return found | dict(layout=layout | dict(step_time=step_time(train)), fullest_stage=stage, memory=memories,
                         **(alone or {}), notes=_notes(train, shape, parts["total"]), assumptions=_assumptions(train))
 
-# %% ../nbs/34_plan.ipynb #92f83120
-def _gb(bytes_: float) -> str: return f"{bytes_ / 1e9:,.1f}"
+# %% ../nbs/34_plan.ipynb #a792de25
+def _gb(size: float) -> str: return f"{size / 1e9:,.{1 if size >= 1e10 else 2}f}"
 
-def _table(title: str, rows: list[dict]):
+def _about(number: float) -> str: return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+def _time(days: float) -> str:
+    return f"{days:.1f} days" if days >= 2 else f"{days * 24:.1f} hours" if days > 1 / 12 else f"{days * 86400:.1f} seconds"
+
+def _table(rows: list[dict]):
     "A rich table with the rows' keys as columns."
     from rich.table import Table
-    table = Table(title=title, box=None, title_justify="left", title_style="bold", padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for column in rows[0]: table.add_column(column, justify="right")
     for row in rows: table.add_row(*map(str, row.values()))
     return table
@@ -310,39 +323,43 @@ def _table(title: str, rows: list[dict]):
 def _memory_table(found: dict):
     rows = [dict(stage=s) | {k: _gb(v) for k, v in m.items()} for s, m in enumerate(found["memory"])]
     shown = sorted({0, found["fullest_stage"], len(rows) - 1})
-    return _table("memory of a GPU, GB, by pipeline stage", [rows[s] for s in shown])
+    return _table([rows[s] for s in shown])
 
 def _layout_table(rows: list[dict]):
     short = dict(micro_batch="micro", distributed_optimizer="dist. optimizer", memory_gb="GB", step_time="time")
     best = rows[0]["step_time"]
     shown = [r | dict(memory_gb=f"{r['memory_gb']:.1f}", step_time=f"{r['step_time'] / best:.2f}",
                       **{k: "yes" if r[k] else "-" for k in ("sp", "recompute", "distributed_optimizer")}) for r in rows]
-    return _table("layouts that fit, fastest first (time relative to the first)",
-                  [{short.get(k, k): v for k, v in r.items()} for r in shown])
+    return _table([{short.get(k, k): v for k, v in r.items()} for r in shown])
 
 def show(found: dict, console) -> None:
     "Print a plan to a rich console."
-    said = lambda text: console.print(text, markup=False, highlight=False)
+    said = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
     if "parameters" in found: said(f"{found['run']}: {found['model']}, {found['parameters']['total']:,} parameters")
     for problem in found["problems"]: said(f"wrong: {problem}")
     if "cost" in found:
         c, s, k = found["cost"], found["storage"], found["cluster"]
-        said(f"{c['tokens']:,} tokens, {c['flops']:.3g} operations ({c['flops_with_attention']:.3g} with attention)")
+        said(f"{c['tokens']:,} tokens, {c['flops']:.3g} FLOPs ({c['flops_with_attention']:.3g} with attention)")
         said(f"{k['gpus']} x {k['gpu']['name']} at {k['gpu']['mfu']:.0%}: {c['tokens_per_second']:,.0f} tokens/s "
-             f"({c['tokens_per_second_and_gpu']:,.0f} a GPU), {c['days']:,.2f} days, {c['gpu_hours']:,.0f} GPU hours, "
-             f"{c['dollars']:,.0f} dollars")
+             f"({c['tokens_per_second_and_gpu']:,.0f} a GPU), {_time(c['days'])}, {_about(c['gpu_hours'])} GPU hours, "
+             f"{_about(c['dollars'])} dollars")
         said(f"storage: {s['at_once']} checkpoints of {_gb(s['checkpoint'])} GB at once ({s['written']} written), "
              f"{s['exports']} exports of {_gb(s['export'])} GB: {_gb(s['total'])} GB")
     if "memory" in found:
         said("layout: " + ", ".join(f"{k} {v}" for k, v in found["layout"].items() if k != "step_time"))
+        said("memory of a GPU in GB, by pipeline stage:")
         console.print(_memory_table(found))
-    if "cpu_memory" in found: said(f"on a CPU instead: {_gb(found['cpu_memory']['total'])} GB")
-    if found.get("layouts"): console.print(_layout_table(found["layouts"]))
+    if "cpu_memory" in found:
+        said(f"on a CPU instead: {_gb(found['cpu_memory']['total'])} GB; a process that keeps what it frees, as training "
+             "does for speed, was seen to hold 20 to 70 % more")
+    if found.get("layouts"):
+        said("layouts that fit, fastest first (time relative to the first):")
+        console.print(_layout_table(found["layouts"]))
     elif "cost" in found: said("no layout of this cluster fits")
     for note in found.get("notes", ()): said(f"note: {note}")
     for line in found.get("assumptions", ()): said(f"assumed: {line}")
 
-# %% ../nbs/34_plan.ipynb #95b36ed1
+# %% ../nbs/34_plan.ipynb #fdc8a7cb
 def disk_problems(params: Params, config: Mapping, folder: Path) -> list[str]:
     "Whether checkpoints and exports fit on the disk of `folder`, where training may have written some already."
     there = sum(f.stat().st_size for sub in ("checkpoints", "hf") for f in (folder / sub).rglob("*") if f.is_file())
@@ -362,9 +379,8 @@ def token_problems(params: Params, folder: Path) -> list[str]:
 
 def problems_here(params: Params) -> list[str]:
     "What is wrong with the training on this machine, beyond `problems`. Nothing is fetched."
-    folder, run = model_folder(params.model), Run(params)
-    if params.train.checkpoint or not (folder and (folder / "config.json").is_file()): return []
-    if up_to_date(run, "train"): return []
-    found = tokenizer_problems(folder, params.model)
-    found += token_problems(params, run.stage("tokens").folder)
-    return found + disk_problems(params, _read(folder / "config.json"), run.stage("train").folder)
+    config, folder, run = configuration(params.model), model_folder(params.model), Run(params)
+    if params.train.checkpoint or (stage := run.stage("train")).complete: return []
+    found = tokenizer_problems(folder, params.model) if folder and (folder / "config.json").is_file() else []
+    found += token_problems(params, stage.folders["tokens"])
+    return found + (disk_problems(params, config, stage.folder) if config else [])

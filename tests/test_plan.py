@@ -148,6 +148,11 @@ def test_other_families_and_odd_configurations():
     params = run_of("quickstart")
     assert "model_type 'gpt2'" in problems(params, {"model_type": "gpt2"})[0]
     assert "has no num_hidden_layers" in problems(params, {"model_type": "llama", "num_attention_heads": 2, "hidden_size": 4})[0]
+    llama = published()["smollm2-135m-instruct"]
+    for more, said in (({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"), ({"attention_bias": True}, "attention_bias"),
+                       ({"hidden_act": "gelu"}, "hidden_act is 'gelu'")):
+        assert said in problems(params, llama | more)[0]
+    assert problems(params, llama | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}) == []
     assert problems(params, None) == [] == problems(params, published()[params.model])
 
 
