@@ -210,7 +210,7 @@ def sync(path: Path) -> None:
     try: os.fsync(at)
     finally: os.close(at)
 
-# %% ../nbs/33_checkpoints.ipynb #a0d19e11
+# %% ../nbs/33_checkpoints.ipynb #9c782ecc
 def steps(folder: Path) -> list[int]:
     "Steps of the checkpoints below `folder`, whole or not, newest first."
     names = [f.name for f in folder.iterdir() if f.is_dir()] if folder.is_dir() else []
@@ -222,7 +222,7 @@ def discard(folder: Path) -> None:
     gone = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    threading.Thread(target=shutil.rmtree, args=(gone, True)).start()    # gigabytes take a while to unlink
 
 def sweep(folder: Path) -> None:
     "Remove what killed saves left."
