@@ -30,7 +30,7 @@ def check_layout(train: Train) -> None:
         raise UserError(f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch "
                         f"{train.micro_batch} x {train.data_parallel} data-parallel processes")
 
-# %% ../nbs/35_launch.ipynb #8e81ea7b
+# %% ../nbs/35_launch.ipynb #282fe285
 class Stopped(UserError):
     "Training was asked to stop, saved, and goes on from there when it is run again."
     code = REQUEUE
@@ -40,13 +40,11 @@ def _told(file: Path) -> dict: return json.loads(file.read_text()) if file.is_fi
 def _tail(log: Path) -> str: return log.read_text(errors="replace")[-2000:] if log.is_file() else ""
 
 def raise_told(out: Path) -> None:
-    "Raise what the processes left behind in `out`, if they did."
-    if told := _told(out / "error.json"):
-        if told["kind"] == "UserError": raise UserError(told["message"])
-        raise RuntimeError(f"training failed: {told['kind']}: {told['message']}\n{told.get('traceback', '')}")
-    if (out / "stopped.json").is_file():
-        raise Stopped(f"training was stopped and is saved at step {_told(out / 'stopped.json').get('step', 'reached')}; "
-                      "run again to go on from there")
+    "Raise the user's mistake that the processes left behind in `out`, or that they stopped."
+    error, stopped = _told(out / "error.json"), _told(out / "stopped.json")
+    if error.get("kind") == "UserError": raise UserError(error["message"])
+    if stopped and not error:
+        raise Stopped(f"training was stopped and is saved at step {stopped['step']}; run again to go on from there")
 
 def step_done(out: Path) -> int:
     "The last step that `metrics.jsonl` tells of."
@@ -70,7 +68,7 @@ def _torchrun(train: Train, out: Path) -> list[str]:
             f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={train.job.signal_before}",
             "--no-python", sys.executable, "-W", "ignore", "-c", work_command(out)]
 
-# %% ../nbs/35_launch.ipynb #8e60ee1b
+# %% ../nbs/35_launch.ipynb #164a9fe0
 def _asked(out: Path) -> bool:
     "Whether somebody asked this process to stop; a file left from before it started does not count."
     file = out / "stop"
@@ -115,6 +113,8 @@ def local(params: Params, out: Path) -> None:
         stop.unlink(missing_ok=True)
     if child.returncode == 0: return
     raise_told(out)
+    if error := _told(out / "error.json"):
+        raise RuntimeError(f"training failed: {error['kind']}: {error['message']}\n{error['traceback']}")
     if asked: raise Stopped("training was stopped before it could save; run again to go on from the last checkpoint")
     raise RuntimeError(f"training ended with code {child.returncode} and no message; if the kernel killed it, memory "
                        f"ran out: lower train.micro_batch or tokens.sequence_length\n{_tail(out / 'log.txt')}")
@@ -145,7 +145,7 @@ def _directives(options: dict[str, str]) -> str:
     line = lambda key, value: f"#SBATCH --{key}" + (f"={shlex.quote(str(value))}" if value != "" else "")
     return "\n".join(line(*pair) for pair in options.items())
 
-# %% ../nbs/35_launch.ipynb #5cfccb4b
+# %% ../nbs/35_launch.ipynb #70a13356
 JOB = r'''
 # What every node runs: torchrun, which passes USR1 and TERM on to its processes; they save and end.
 node() {
@@ -153,6 +153,7 @@ node() {
     cd "$package" || exit
     first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
     address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+    address=${address:-$first}
     threads=$(( $(OMP_NUM_THREADS= nproc) / processes ))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( threads > 1 ? threads : 1 ))}"
     trap '' USR1    # until torchrun listens
@@ -166,6 +167,7 @@ export -f setup node
 [[ -e job_done ]] && exit 0
 (( ${SLURM_RESTART_COUNT:-0} )) || rm -f fruitless
 rm -f error.json stopped.json
+[[ $SLURM_CPUS_PER_TASK ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK    # srun does not look at the former
 before=$(cksum checkpoints/latest.json 2>&1)
 echo "$(date) job $SLURM_JOB_ID starts on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"
 srun --export=ALL --kill-on-bad-exit=1 --wait=0 --label $auto_resume bash -c node && rm -f fruitless && touch job_done && exit 0
@@ -203,7 +205,7 @@ def write_script(params: Params, out: Path) -> Path:
     write_text(out / "train.sbatch", script(params, out))
     return out / "train.sbatch"
 
-# %% ../nbs/35_launch.ipynb #dac0c485
+# %% ../nbs/35_launch.ipynb #f3a25084
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints")
 POLL = 5.0
@@ -225,7 +227,7 @@ def jobs(out: Path) -> dict[str, tuple[str, str]] | None:
 
 def submit(out: Path) -> str:
     "Number of the job of `out`: the one that is there, else a new one."
-    while (there := jobs(out)) is None: time.sleep(POLL)
+    if (there := jobs(out)) is None: raise UserError("train.launcher: Slurm's controller does not answer squeue; try again later")
     alive = [number for number, (state, _) in there.items() if state not in ENDED]
     if not alive:
         sent = _slurm("sbatch", "--parsable", str(out / "train.sbatch"))
@@ -234,7 +236,7 @@ def submit(out: Path) -> str:
     write_json(out / "slurm.json", {"job": alive[0]})
     return alive[0]
 
-# %% ../nbs/35_launch.ipynb #9d6a5fe6
+# %% ../nbs/35_launch.ipynb #06807f1d
 def follow(job: str, params: Params, out: Path) -> tuple[str, str]:
     "Show a job's state and progress until it has ended. Gives its last state and why; GONE where Slurm has forgotten it."
     state, reason, left = "PENDING", "", 3
@@ -246,10 +248,8 @@ def follow(job: str, params: Params, out: Path) -> tuple[str, str]:
                 if total and (step := step_done(out) - bar.n): bar.update(step)
                 if _asked(out): raise KeyboardInterrupt
                 time.sleep(POLL)
-                there = jobs(out)
-                if there is None: continue
-                state, reason = there.get(job, ("GONE", ""))
-                reason = "" if reason == "None" else reason
+                state, reason = ("UNKNOWN", "Slurm does not answer") if (there := jobs(out)) is None else there.get(job, ("GONE", ""))
+                if reason == "None": reason = ""
                 if reason in NEVER: _give_up(job, reason)
                 left = left - 1 if state in (*ENDED, "GONE") else 3
     return state, reason
