@@ -59,7 +59,7 @@ def prepare(optimizer, steps: int) -> None:
                 at = p.device if group["fused"] else "cpu"
                 part.optimizer.state[p]["step"] = torch.tensor(float(steps), device=at)
 
-# %% ../nbs/33_checkpoints.ipynb #bb74198e
+# %% ../nbs/33_checkpoints.ipynb #33bcc67b
 def held(part, param) -> tuple[slice, dict]:
     "Which slice of the flattened parameter this process's optimizer keeps, and its master and moments there."
     if not isinstance(part, DistributedOptimizer):
@@ -76,9 +76,13 @@ def gathered(part, empty: bool) -> dict:
     whole = {}
     for i, buffer in enumerate(part.buffers):
         tensors, = found[i].values()
-        for p, (start, end, _) in buffer.param_index_map.items():
-            flat = {k: tensors["param" if k == "fp32_param" else k][start:end] for k in kinds(part)}
-            whole[p] = {k: v.view(p.shape) for k, v in flat.items()}
+        left_out = 0    # what pads the end of each bucket is in the buffer's indices and not in these tensors
+        for bucket in buffer.buckets:
+            for p in bucket.params_list:
+                start, end, _ = buffer.param_index_map[p]
+                flat = {k: tensors["param" if k == "fp32_param" else k] for k in kinds(part)}
+                whole[p] = {k: v[start - left_out:end - left_out].view(p.shape) for k, v in flat.items()}
+            left_out += bucket.grad_data.numel() - bucket.numel_unpadded
     return whole
 
 # %% ../nbs/33_checkpoints.ipynb #65712706
@@ -399,7 +403,7 @@ class Copies:
         remove_other(to, files)
         s3.upload(folder, to, files)
 
-# %% ../nbs/33_checkpoints.ipynb #18982a99
+# %% ../nbs/33_checkpoints.ipynb #c59f971c
 class Checkpoints:
     """Checkpoints below `folder`, kept as `save` says and those of the steps in `kept`. Every process calls
     every method; `poll` and `finish` give events {step, what, value, action} that came up since."""
@@ -453,7 +457,8 @@ class Checkpoints:
     def newest(self) -> Path | None:
         "The checkpoint that was last saved or found, without reading it."
         self.saves.settle(wait=True)
-        return on_first(lambda: (s := pointed(self.folder)[0]) and self.folder / f"step_{s}")
+        step, _ = on_first(partial(pointed, self.folder))
+        return None if step is None else self.folder / f"step_{step}"
 
     def load(self, folder: Path, ddp, optimizer) -> tuple[int, dict]:
         "Load what `find` gave, saved in any layout. Gives its step and `extra`. Raises `UserError`."

@@ -107,10 +107,10 @@ def lines_of(file: Path) -> list[dict]:
         except json.JSONDecodeError: break
     return found
 
-# %% ../nbs/33_monitor.ipynb #1b2bf19c
+# %% ../nbs/33_monitor.ipynb #6160b21a
 class Monitor:
-    """Writes metrics.jsonl, events.jsonl and tensorboard/ below `out`, and serves `train.metrics_port` where there
-    is one. `hf` is the model's config.json, `precision` bf16 or fp32."""
+    """Writes metrics.jsonl, events.jsonl and tensorboard/ below `out`, and serves `train.metrics_port` where
+    there is one. `hf` is the model's config.json, `precision` bf16 or fp32."""
     def __init__(self, out: Path, params: Params, hf: dict, precision: str):
         import torch
         t, shape = params.train, shape_of(hf)
@@ -122,7 +122,8 @@ class Monitor:
                               flops_per_token(shape, params.tokens.sequence_length))
         if t.metrics_port:
             try: self.endpoint = Endpoint(t.metrics_port, params.run)
-            except OSError as e: self.event(0, f"metrics_port {t.metrics_port}: {e.strerror}", None, "not served")
+            except OSError as e:
+                self.event(0, f"metrics_port {t.metrics_port}: {e.strerror}", None, "not served")
 
     def speed(self, tokens: int, seconds: float) -> dict:
         "Tokens a second, utilisation and memory of a step that took so long."
@@ -136,13 +137,15 @@ class Monitor:
         with (self.out / "metrics.jsonl").open("a") as f: f.write(json.dumps(line) + "\n")
         numbers = {k: v for k, v in line.items() if v is not None and not isinstance(v, bool)}
         for name, value in numbers.items():
-            if name != "step": self.board.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
+            if name != "step":
+                self.board.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
         if self.endpoint: self.endpoint.set(numbers)
 
     def event(self, step: int, what: str, value: Any, action: str) -> None:
         "Write down what happened, on disk before this returns."
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = dict(step=step, what=what, value=value if finite(value) else str(value), action=action, time=now)
+        value = value if finite(value) else str(value)
+        line = dict(step=step, what=what, value=value, action=action, time=now)
         with (self.out / "events.jsonl").open("a") as f:
             f.write(json.dumps(line) + "\n")
             f.flush()

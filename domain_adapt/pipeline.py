@@ -155,7 +155,7 @@ def run_stages(params: Params, until: str = "report", force: str | None = None) 
     if code: raise RuntimeError(f"doit ended with code {code}")
     return run
 
-# %% ../nbs/70_pipeline.ipynb #6c060449
+# %% ../nbs/70_pipeline.ipynb #fd23d553
 def _missing(path: str) -> str | None:
     "Why there can be nothing at `path`, without fetching anything; None where there may be."
     from domain_adapt.assets import ASSETS
@@ -175,10 +175,13 @@ def _unusable(model: str) -> str | None:
 def check(params: Params, recipe: bool = False) -> list[str]:
     """What is wrong with a run that can be known before it starts, one line each.
 
-    With `recipe` neither data nor models are looked at: a valid YAML is all that is asked."""
-    if recipe: return []
+    With `recipe` neither data, disk nor models are looked at: only the YAML and published architectures."""
+    from domain_adapt.plan import configuration, problems as training, problems_here
+    wrong = training(params, configuration(params.model))
+    if recipe: return wrong
     paths = {f"corpora.{n}.path": c.path for n, c in params.corpora.items() if c.path}
     paths |= {f"evaluate.suites.{n}.data": s.data for n, s in params.evaluate.suites.items() if s.data != "hub"}
     problems = [f"{key}: {why}" for key, path in paths.items() if (why := _missing(path))]
     models = {"model": params.model, "base": params.base, "train.checkpoint": params.train.checkpoint}
-    return problems + [f"{key}: {why}" for key, name in models.items() if name and (why := _unusable(name))]
+    problems += [f"{key}: {why}" for key, name in models.items() if name and (why := _unusable(name))] + wrong
+    return problems or problems_here(params)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REQUEUE', 'TOLERANCE', 'export_steps', 'Asked', 'check_logits', 'load', 'Clock', 'Training', 'accept', 'learn',
-           'measure', 'save', 'go_on', 'resume', 'due', 'walk', 'load_data', 'begin', 'classes', 'info', 'export',
-           'work']
+           'measure', 'save', 'go_on', 'resume', 'due', 'walk', 'load_data', 'precision', 'begin', 'classes', 'info',
+           'export', 'work']
 
-# %% ../nbs/33_train.ipynb #6d541ce1
-import contextlib, json, os, platform, resource, shutil, signal, sys, time, traceback
+# %% ../nbs/33_train.ipynb #4ba4b5e8
+import contextlib, json, os, shutil, signal, sys, time, traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 import pandas as pd
 from .flops import parameters, shape_of
-from .models import best_dtype, bf16_speedup, load_model, tune_cpu
+from .models import best_dtype, bf16_speedup, load_model, load_tokenizer, tune_cpu
 from .params import Params, Train, UserError, validate
 from .runs import die_with_parent, environment, write_csv, write_json
 from .schedule import learning_rate
 
-# %% ../nbs/33_train.ipynb #05d7a506
+# %% ../nbs/33_train.ipynb #76eab006
 def export_steps(params: Params) -> list[int]:
-    "Steps after which a model is exported and its checkpoint kept, the last being the end. Raises `UserError`."
+    "Steps after which a model is exported and its checkpoint kept, the last the end. Raises `UserError`."
     t, batch = params.train, params.train.global_batch * params.tokens.sequence_length
     steps = {max(1, round(at * t.steps if at <= 1 else at / batch)) for at in t.export_at}
     if max(steps) > t.steps:
@@ -57,9 +57,9 @@ def check_logits(model, reference, ids) -> dict:
     return dict(tokens=ids.numel(), largest_difference=difference, largest_logit=highest,
                 same_top_token=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
 
-# %% ../nbs/33_train.ipynb #c3fe7355
+# %% ../nbs/33_train.ipynb #4ce1f4bc
 def load(folder: str, params: Params, hf, ids, bf16: bool, device) -> tuple:
-    "Model and optimizer with the weights of an HF folder, and the figures of the logits check where it is made."
+    "Model and optimizer with the weights of an HF folder; the figures of the logits check, where it is made."
     import torch
     from domain_adapt import convert, megatron
     layout, check = params.train.layout, None
@@ -83,12 +83,12 @@ class Clock(dict):
         try: yield
         finally: self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
 
-# %% ../nbs/33_train.ipynb #bdbe2db7
+# %% ../nbs/33_train.ipynb #574ed3d8
 @dataclass
 class Training:
-    """A training under way. `blend` is what was asked of each corpus, `facts` what a reader must know of how it
-    began. `monitor` is None on all processes but the first. Steps `skipped` were not learnt from; those of them
-    that were rolled back from are `left_out`, and not tried again."""
+    """A training under way. `blend` is what was asked of each corpus, `facts` what a reader must know of how
+    it began. `monitor` is None on all processes but the first. Steps `skipped` were not learnt from; those of
+    them that were rolled back from are `left_out`, and not tried again."""
     params: Params
     out: Path
     data: Any
@@ -121,9 +121,9 @@ class Training:
         if self.monitor:
             for e in events: self.monitor.event(**e)
 
-# %% ../nbs/33_train.ipynb #d94f4e85
+# %% ../nbs/33_train.ipynb #43a186f0
 def accept(run: Training, step: int, loss: float, norm: float) -> bool:
-    "Whether to learn from the batch of `step`; if not, that is written down. Raises `UserError` after too many."
+    "Whether to learn from the batch of `step`; if not, it is written down. Raises `UserError` at the limit."
     spike = run.guard.spike(loss, norm)
     if not spike:
         run.guard.learnt(loss, norm)
@@ -131,14 +131,15 @@ def accept(run: Training, step: int, loss: float, norm: float) -> bool:
     back = run.t.guard.action == "rollback" and run.checkpoints.newest() is not None
     run.skipped.add(step)
     if back: run.left_out.add(step)
-    run.note([dict(step=step, what=spike.what, value=spike.value, action="rolled back" if back else "skipped")])
-    if len(run.skipped) >= run.t.guard.limit:
-        raise UserError(f"train: step {step}: {spike.reason}; with {len(run.skipped)} such batches training stops "
-                        f"(train.guard.limit {run.t.guard.limit}). events.jsonl has them all. Look at their "
-                        f"documents, lower train.lr ({run.t.lr}), or raise the limit to go on")
+    action, limit = "rolled back" if back else "skipped", run.t.guard.limit
+    run.note([dict(step=step, what=spike.what, value=spike.value, action=action)])
+    if len(run.skipped) >= limit:
+        raise UserError(f"train: step {step}: {spike.reason}; at {len(run.skipped)} such batches training "
+                        f"stops (train.guard.limit {limit}). events.jsonl has them. Look at their documents, "
+                        f"lower train.lr ({run.t.lr}), or raise the limit to go on")
     return False
 
-# %% ../nbs/33_train.ipynb #60fc3033
+# %% ../nbs/33_train.ipynb #b692329e
 def learn(run: Training, step: int) -> dict:
     "Learn from the batch of `step`, unless it is refused. Gives its line of metrics."
     from domain_adapt import batches, megatron
@@ -148,10 +149,11 @@ def learn(run: Training, step: int) -> dict:
         loss, norm, applied = megatron.update(run.ddp, run.optimizer, found, lr, partial(accept, run, step))
         line = dict(loss=loss, grad_norm=norm, learnt=applied)
         if run.monitor: line |= run.monitor.speed(run.batch, time.perf_counter() - started)
-    return dict(step=step, tokens=len(run.learnt(step)) * run.batch, lr=lr) | line
+    skipped = sum(s <= step for s in run.skipped)
+    return dict(step=step, tokens=(step - skipped) * run.batch, lr=lr) | line
 
 def measure(run: Training) -> dict[str, float]:
-    "Mean loss per token on the first `train.validation.tokens` of each held-out corpus, as `heldout/<corpus>`."
+    "Mean loss of a token on the first `train.validation.tokens` of each held-out corpus: `heldout/<corpus>`."
     from domain_adapt import batches, megatron
     losses = {}
     for corpus, data in run.heldout.items():
@@ -159,19 +161,23 @@ def measure(run: Training) -> dict[str, float]:
         losses[f"heldout/{corpus}"] = total / count
     return losses
 
-# %% ../nbs/33_train.ipynb #7ebcecca
+# %% ../nbs/33_train.ipynb #ec7d845f
 def save(run: Training, step: int) -> None:
     "Begin to write a checkpoint, and write the mixture drawn so far."
     from domain_adapt import batches
-    run.checkpoints.save(run.ddp, run.optimizer, step, dict(facts=run.facts, seconds=dict(run.clock)))
-    if run.monitor:
-        write_csv(run.out / "mixture.csv", batches.realised(run.data, run.blend, run.learnt(step), run.t.global_batch))
+    from domain_adapt.checkpoints import on_first
+    beside = on_first(lambda: dict(facts=run.facts, seconds=dict(run.clock)))
+    run.checkpoints.save(run.ddp, run.optimizer, step, beside)
+    if not run.monitor: return
+    drawn = batches.realised(run.data, run.blend, run.learnt(step), run.t.global_batch)
+    write_csv(run.out / "mixture.csv", drawn)
 
 def go_on(run: Training) -> tuple[int, dict]:
-    "Load the newest whole checkpoint. Gives its step and what lay beside it: 0 and nothing where there is none."
+    "Load the newest whole checkpoint. Gives its step and what lay beside it; 0 where there is none."
     from domain_adapt.checkpoints import on_first
     at, refused = run.checkpoints.find()
-    step, extra = run.checkpoints.load(at, run.ddp, run.optimizer) if at else (0, {"facts": {}, "seconds": {}})
+    nothing = 0, dict(facts={}, seconds={})
+    step, extra = run.checkpoints.load(at, run.ddp, run.optimizer) if at else nothing
     run.note([dict(step=step, what=f"{name} refused", value=why, action="not used") for name, why in refused])
     skipped, run.left_out, recent = on_first(lambda: run.monitor.go_on(step))
     run.skipped = skipped | run.left_out
@@ -183,10 +189,11 @@ def resume(run: Training) -> int:
     step, extra = go_on(run)
     run.facts |= extra["facts"]
     for phase, seconds in extra["seconds"].items(): run.clock[phase] = run.clock.get(phase, 0.0) + seconds
-    if step: run.note([dict(step=step, what="resumed", value=f"on {run.t.world} processes", action="goes on")])
+    goes_on = dict(step=step, what="resumed", value=f"on {run.t.world} processes", action="goes on")
+    if step: run.note([goes_on])
     return step
 
-# %% ../nbs/33_train.ipynb #dd1404f0
+# %% ../nbs/33_train.ipynb #a35d4b01
 def due(run: Training, step: int) -> tuple[bool, bool]:
     "Whether after `step` the held-out loss is measured, and whether a checkpoint is saved."
     t, every = run.t, run.t.save.every
@@ -202,7 +209,7 @@ def walk(run: Training, step: int, asked: Asked) -> int:
         if run.monitor: run.monitor.write(**first)
     while step < run.t.steps and not over_processes(asked.number)[0]:
         with run.clock("steps"): line = learn(run, step := step + 1)
-        if not line["learnt"] and step in run.left_out and line.get("loss") is not None:
+        if "loss" in line and step in run.left_out:
             run.note(run.checkpoints.finish(copies=False))
             step = saved = go_on(run)[0]
             continue
@@ -217,7 +224,7 @@ def walk(run: Training, step: int, asked: Asked) -> int:
     run.note(run.checkpoints.finish())
     return step
 
-# %% ../nbs/33_train.ipynb #ca9e2bcf
+# %% ../nbs/33_train.ipynb #0f9649c6
 def load_data(job: dict, params: Params, hf) -> tuple:
     "The training data, the held-out data of each corpus, and the blend asked for."
     from domain_adapt import batches
@@ -225,37 +232,44 @@ def load_data(job: dict, params: Params, hf) -> tuple:
     tokens, index = Path(job["tokens"]), Path(job["out"]) / "index"
     finished, blend = index / "finished", pd.read_csv(tokens / "mixture.csv")
     on_first(lambda: finished.exists() or shutil.rmtree(index, ignore_errors=True))
-    end = hf.eos_token_id
-    vocabulary = batches.Vocabulary(hf.vocab_size, end[0] if isinstance(end, list) else end)
+    vocabulary = batches.Vocabulary(hf.vocab_size, load_tokenizer(job["model"]).eos_token_id)
     data = batches.training_data(tokens, blend, vocabulary, params, index)
     heldout = batches.heldout_data(tokens, vocabulary, params, index)
     on_first(finished.touch)
     return data, heldout, blend
 
-# %% ../nbs/33_train.ipynb #2c28ae91
+# %% ../nbs/33_train.ipynb #4fd9853b
+def precision(params: Params, out: Path) -> dict[str, str]:
+    "The precision to train in, and why (`precision_chosen`); the same on every process and at every start."
+    from domain_adapt.checkpoints import on_first
+    from domain_adapt.megatron import over_processes
+    setting, file = params.train.precision, out / "precision.json"
+    if setting != "auto": return dict(precision=setting, precision_chosen="asked for")
+    all_fast = over_processes(best_dtype("auto") == "bf16") == [params.train.world]
+    measured = dict(precision="bf16" if all_fast else "fp32", precision_chosen=
+                    f"bf16 is {bf16_speedup():.1f} times as fast as fp32")
+    on_first(lambda: file.exists() or write_json(file, measured))
+    return on_first(lambda: json.loads(file.read_text()))
+
 def begin(job: dict, params: Params, device, clock: Clock) -> Training:
     "Everything a training needs, at its first step."
     import torch
-    from domain_adapt import megatron
     from domain_adapt.checkpoints import Checkpoints
     from domain_adapt.monitor import Guard, Monitor
     from transformers import AutoConfig
     out, hf = Path(job["out"]), AutoConfig.from_pretrained(job["model"], local_files_only=True)
-    bf16 = megatron.over_processes(best_dtype(params.train.precision) == "bf16") == [params.train.world]
+    facts = precision(params, out) | {"parameters": parameters(shape_of(hf.to_dict()))["total"]}
     with clock("data"): data, heldout, blend = load_data(job, params, hf)
     with clock("load"):
         ids = data[0]["tokens"][None, :256]
-        ddp, optimizer, check = load(job["model"], params, hf, ids, bf16, device)
+        ddp, optimizer, check = load(job["model"], params, hf, ids, facts["precision"] == "bf16", device)
     first = torch.distributed.get_rank() == 0
-    probed = params.train.precision == "auto"
-    facts = dict(parameters=parameters(shape_of(hf.to_dict()))["total"], precision="bf16" if bf16 else "fp32", logits_check=check, precision_chosen=
-                 f"bf16 is {bf16_speedup():.1f} times as fast as fp32" if probed else "asked for")
-    watch = Monitor(out, params, hf.to_dict(), facts["precision"]) if first else None
     return Training(params, out, data, blend, heldout, ddp, optimizer,
                     Checkpoints(out / "checkpoints", params.train.save, set(export_steps(params))),
-                    watch, Guard(params.train.guard), clock, facts, device)
+                    Monitor(out, params, hf.to_dict(), facts["precision"]) if first else None,
+                    Guard(params.train.guard), clock, facts | {"logits_check": check}, device)
 
-# %% ../nbs/33_train.ipynb #c956a649
+# %% ../nbs/33_train.ipynb #b41cc14a
 def classes(run: Training) -> dict[str, str]:
     "Which of megatron-core's classes did the work."
     from domain_adapt.batches import parts
@@ -271,18 +285,18 @@ def info(run: Training, step: int) -> dict:
     import torch
     from domain_adapt.batches import parts, realised
     from domain_adapt.megatron import over_processes
-    unit = 1024 if platform.system() == "Linux" else 1
-    memory, = over_processes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    from domain_adapt.monitor import memory_bytes
+    memory, = over_processes(memory_bytes())
     drawn = realised(run.data, run.blend, run.learnt(step), run.t.global_batch).query("asked > 0")
     size = [int(part.dataset.sequence_lengths.sum()) for part in parts(run.data)]
     return run.facts | dict(
-        tokens=int(drawn["tokens"].sum()),
-        skipped_batches=len(run.skipped), epochs=dict(zip(drawn["corpus"], drawn["tokens"] / size)),
+        tokens=int(drawn["tokens"].sum()), skipped_batches=len(run.skipped),
+        epochs=dict(zip(drawn["corpus"], drawn["tokens"] / size)),
         nodes=run.t.nodes, processes=run.t.world, data_parallel=run.t.data_parallel,
         layout=run.t.layout.model_dump(), threads=torch.get_num_threads(),
         device="cuda" if torch.cuda.is_available() else "cpu", peak_memory_bytes=int(memory),
-        peak=run.monitor and run.monitor.peak,
-        seconds={k: round(v, 1) for k, v in run.clock.items()}, megatron=classes(run), versions=environment())
+        peak=run.monitor and run.monitor.peak, seconds={k: round(v, 1) for k, v in run.clock.items()},
+        megatron=classes(run), versions=environment())
 
 # %% ../nbs/33_train.ipynb #cde6d065
 def export(job: dict, params: Params) -> None:

@@ -4,15 +4,14 @@
 gives beside it, as FILE.<n>.<rank>."""
 import json
 import os
-import random
-import signal
 import sys
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 warnings.simplefilter("ignore")
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from transformers import LlamaConfig
 
 from domain_adapt import megatron
@@ -34,8 +33,9 @@ def start(train: Train) -> None:
     megatron.initialize(train.layout)
 
 
-def model(train: Train, bf16: bool, drawn_from: str = "") -> tuple:
-    "Model and optimizer, the weights drawn by name and `drawn_from`."
+def model(train: Train, bf16: bool, drawn_from: str = "", bucket: int | None = None) -> tuple:
+    "Model and optimizer, the weights drawn by name and `drawn_from`; gradients in buckets of at least so many."
+    megatron.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=bucket)
     made = megatron.build_model(HF, megatron.transformer_config(HF, train, bf16))
     ddp, optimizer = megatron.trainable(made, train, bf16)
     megatron.set_weights(ddp, optimizer, [(n, part(n, p, drawn(drawn_from + global_name(n, made), whole_shape(p)))) for n, p in made.named_parameters()])
@@ -59,13 +59,13 @@ def weights(ddp, optimizer) -> dict:
 
 
 def trained(folder: str, until: int, train: dict = {}, bf16: bool = False, save: list[int] = (), take: str | None = None,
-            again: str | None = None, kept: dict = {}) -> dict:
+            again: str | None = None, bucket: int | None = None) -> dict:
     """Train to step `until`, saving below `folder` after the steps in `save`; from the checkpoint found below `take` where that is given,
     which is saved `again` elsewhere before anything else."""
     settings = Train(steps=100, lr=1e-2, **train)
     start(settings)
-    ddp, optimizer = model(settings, bf16, "other " if take else "")
-    checkpoints = Checkpoints(Path(folder), Save(**kept), set())
+    ddp, optimizer = model(settings, bf16, "other " if take else "", bucket)
+    checkpoints = Checkpoints(Path(folder), Save(), set())
     step, out = 0, dict(losses=[], norms=[], events=[])
     if take:
         old = Checkpoints(Path(take), Save(), set())
@@ -84,7 +84,7 @@ def trained(folder: str, until: int, train: dict = {}, bf16: bool = False, save:
         if step in save: checkpoints.save(ddp, optimizer, step, {"step_was": step, "losses": out["losses"][:]})
         out["events"] += checkpoints.poll()
     out["events"] += checkpoints.finish()
-    out["optimizer"] = type(optimizer.chained_optimizers[0]).__name__
+    out["optimizer"], out["buckets"] = type(optimizer.chained_optimizers[0]).__name__, len(ddp.buffers[0].buckets)
     return out | dict(weights=weights(ddp, optimizer))
 
 

@@ -216,6 +216,8 @@ def test_files_are_those_of_safetensors_itself(tmp_path, monkeypatch, dtype):
         loaded = AutoModelForCausalLM.from_pretrained(ours, dtype="auto").state_dict()
         assert all(torch.equal(loaded[t], w) for t, w in state.items())
         assert all(torch.equal(w, load_file(weight_files(ours, hf)[t])[t]) for t, w in state.items())
+        there = all_weights(tmp_path / "source", hf)    # of several files' parts here
+        assert all(torch.equal(w, there[n]) for n, w in all_weights(ours, hf).items())
     index = "model.safetensors.index.json"
     assert json.loads((ours / index).read_text()) == json.loads((theirs / index).read_text())
 
