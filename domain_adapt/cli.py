@@ -87,7 +87,7 @@ def plan_command(params: File, set_: Sets = [],
     if json_: print(json.dumps(found, indent=1))
     else: show(found, Console())
 
-# %% ../nbs/71_cli.ipynb #4991765e
+# %% ../nbs/71_cli.ipynb #855bce2b
 @app.command("launch")
 def launch_command(params: File, set_: Sets = [],
                    submit: Annotated[bool, typer.Option("--submit", help="send the job and follow it")] = False) -> None:
@@ -97,6 +97,8 @@ def launch_command(params: File, set_: Sets = [],
     stage = enter(Run(_checked(params, set_) if submit else load_params(params, tuple(set_))), "train")
     print(launch.write_script(stage.params, stage.folder))
     if submit: stage.run(launch.train)
+    elif (stage.folders["tokens"] / "stage.json").is_file(): launch.prepare(stage.params, stage.folders, stage.folder)
+    else: print("to be read, not yet to be sent: stage tokens is not done", file=sys.stderr)
 
 # %% ../nbs/71_cli.ipynb #c1387e51
 def main() -> None:

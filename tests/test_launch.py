@@ -96,7 +96,7 @@ def test_launch_writes_the_job_and_sends_nothing(cli, tmp_path, launcher):
     file = Path(done.stdout.strip())
     assert done.returncode == 0 and file.name == "train.sbatch" and file.parent == (tmp_path / "tiny" / "3_train").resolve(), done.stderr
     assert f"--job-name=domain-adapt-{file.parent.name}\n" in file.read_text() and subprocess.run(["bash", "-n", file]).returncode == 0
-    assert sorted(p.name for p in file.parent.iterdir()) == ["train.sbatch"]
+    assert [p.name for p in file.parent.iterdir()] == ["train.sbatch"] and "not yet to be sent" in done.stderr
 
 
 @pytest.mark.fault
