@@ -219,7 +219,7 @@ def write_script(params: Params, out: Path) -> Path:
     write_text(out / "train.sbatch", script(params, out))
     return out / "train.sbatch"
 
-# %% ../nbs/35_launch.ipynb #87f430c4
+# %% ../nbs/35_launch.ipynb #f8593dc1
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
          "PREEMPTED")
 NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints")
@@ -227,7 +227,9 @@ POLL = 5.0
 
 def _slurm(*command: str) -> subprocess.CompletedProcess:
     "Run one of Slurm's commands. Raises `UserError` where there is none."
-    try: return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    given = dict(env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    try: return subprocess.run(command, **given)
     except FileNotFoundError:
         raise UserError(f"train.launcher: there is no {command[0]} on this machine; run on a node that sends jobs, "
                         "or write the job with `domain-adapt launch` and send it there") from None
