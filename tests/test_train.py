@@ -147,7 +147,7 @@ def test_info_tells_how_the_model_was_made(runs, tiny_llama):
     assert told["logits_check"]["same_top_token"] == 1.0 and told["logits_check"]["largest_difference"] < 1e-4
     assert told["parameters"] == sum(v.numel() for v in load_file(tiny_llama / "model.safetensors").values())
     assert told["tokens"] == 6 * 4 * 128 and told["peak_memory_bytes"] > 1e8
-    assert {"load", "steps", "validation", "export"} <= told["seconds"].keys()
+    assert {"load", "steps", "validation", "saving"} <= told["seconds"].keys()
     assert told["epochs"]["sec"] == pytest.approx(told["tokens"] * pd.read_csv(runs["first"] / "mixture.csv")["share"][0] / 3600)
 
 
