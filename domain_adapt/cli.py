@@ -14,7 +14,7 @@ from rich.console import Console
 from .params import UserError, load_params
 from .runs import STAGES, outputs
 
-# %% ../nbs/71_cli.ipynb #7756211b
+# %% ../nbs/71_cli.ipynb #4a826691
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Turn a general language model into a domain expert and prove what it gained and what it forgot.")
 File = Annotated[Path, typer.Argument(help="the YAML of the run, such as params/quickstart.yaml", metavar="PARAMS")]
@@ -24,10 +24,16 @@ def _stage(name: str) -> str:
     if name not in STAGES: raise UserError(f"{name}: no such stage; there are {', '.join(STAGES)}")
     return name
 
-def _go(path: Path, sets: list[str], until: str, force: str | None = None):
-    from domain_adapt.pipeline import check, run_stages
+def _checked(path: Path, sets: list[str]):
+    "The run that a YAML describes. Raises `UserError` with all that is known to be wrong with it."
+    from domain_adapt.pipeline import check
     params = load_params(path, tuple(sets))
     if problems := check(params): raise UserError("\n".join(f"{path}: {p}" for p in problems))
+    return params
+
+def _go(path: Path, sets: list[str], until: str, force: str | None = None):
+    from domain_adapt.pipeline import run_stages
+    params = _checked(path, sets)
     try: return run_stages(params, until, force)
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, the stage at work is done again next time", file=sys.stderr)
@@ -81,16 +87,18 @@ def plan_command(params: File, set_: Sets = [],
     if json_: print(json.dumps(found, indent=1))
     else: show(found, Console())
 
-# %% ../nbs/71_cli.ipynb #e6320ab8
+# %% ../nbs/71_cli.ipynb #855bce2b
 @app.command("launch")
 def launch_command(params: File, set_: Sets = [],
                    submit: Annotated[bool, typer.Option("--submit", help="send the job and follow it")] = False) -> None:
     "Write the training job for Slurm or HyperPod into the run's folder; send it only when asked to."
     from domain_adapt import launch
     from domain_adapt.runs import Run, enter
-    stage = enter(Run(load_params(params, tuple(set_))), "train")
+    stage = enter(Run(_checked(params, set_) if submit else load_params(params, tuple(set_))), "train")
     print(launch.write_script(stage.params, stage.folder))
     if submit: stage.run(launch.train)
+    elif (stage.folders["tokens"] / "stage.json").is_file(): launch.prepare(stage.params, stage.folders, stage.folder)
+    else: print("to be read, not yet to be sent: stage tokens is not done", file=sys.stderr)
 
 # %% ../nbs/71_cli.ipynb #c1387e51
 def main() -> None:

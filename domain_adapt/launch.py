@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIGNALS', 'OURS', 'JOB', 'ENDED', 'NEVER', 'POLL', 'check_layout', 'Stopped', 'raise_told', 'step_done',
            'work_command', 'local', 'script', 'write_script', 'jobs', 'submit', 'follow', 'slurm', 'take_checkpoint',
-           'train']
+           'prepare', 'train']
 
 # %% ../nbs/35_launch.ipynb #941b9735
 import json, os, platform, re, shlex, shutil, signal, subprocess, sys, threading, time
@@ -19,18 +19,19 @@ from .params import Params, Train, UserError, validate
 from .runs import ROOT, die_with_parent, progress, write_csv, write_json, write_text
 from .train import REQUEUE
 
-# %% ../nbs/35_launch.ipynb #a1eeada1
+# %% ../nbs/35_launch.ipynb #abf9ebac
 def check_layout(train: Train) -> None:
     "Raises `UserError` with the sum that does not work out between processes, layout and batch."
     size = train.layout.tp * train.layout.pp * train.layout.cp
     if train.world % size:
         raise UserError(f"train.layout: tp {train.layout.tp} x pp {train.layout.pp} x cp {train.layout.cp} = {size} "
-                        f"does not divide train.nodes {train.nodes} x train.processes {train.processes} = {train.world}")
+                        f"does not divide train.nodes {train.nodes} x train.processes {train.processes} "
+                        f"= {train.world}")
     if train.global_batch % (train.micro_batch * train.data_parallel):
         raise UserError(f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch "
                         f"{train.micro_batch} x {train.data_parallel} data-parallel processes")
 
-# %% ../nbs/35_launch.ipynb #8e81ea7b
+# %% ../nbs/35_launch.ipynb #ba70d360
 class Stopped(UserError):
     "Training was asked to stop, saved, and goes on from there when it is run again."
     code = REQUEUE
@@ -40,13 +41,12 @@ def _told(file: Path) -> dict: return json.loads(file.read_text()) if file.is_fi
 def _tail(log: Path) -> str: return log.read_text(errors="replace")[-2000:] if log.is_file() else ""
 
 def raise_told(out: Path) -> None:
-    "Raise what the processes left behind in `out`, if they did."
-    if told := _told(out / "error.json"):
-        if told["kind"] == "UserError": raise UserError(told["message"])
-        raise RuntimeError(f"training failed: {told['kind']}: {told['message']}\n{told.get('traceback', '')}")
-    if (out / "stopped.json").is_file():
-        raise Stopped(f"training was stopped and is saved at step {_told(out / 'stopped.json').get('step', 'reached')}; "
-                      "run again to go on from there")
+    "Raise the user's mistake that the processes left behind in `out`, or that they stopped."
+    error, stopped = _told(out / "error.json"), _told(out / "stopped.json")
+    if error.get("kind") == "UserError": raise UserError(error["message"])
+    if stopped and not error:
+        raise Stopped(f"training was stopped and is saved at step {stopped['step']}; run again to go on from "
+                      "there")
 
 def step_done(out: Path) -> int:
     "The last step that `metrics.jsonl` tells of."
@@ -57,7 +57,7 @@ def step_done(out: Path) -> int:
         steps = re.findall(rb'"step": (\d+)[^\n]*\n', f.read())
     return int(steps[-1]) if steps else 0
 
-# %% ../nbs/35_launch.ipynb #a51fd67d
+# %% ../nbs/35_launch.ipynb #b5bb444a
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 def work_command(out: Path) -> str:
@@ -66,11 +66,12 @@ def work_command(out: Path) -> str:
 
 def _torchrun(train: Train, out: Path) -> list[str]:
     "torchrun over this machine's processes; asked to stop, it passes that on and gives them time to save."
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={train.processes}",
-            f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={train.job.signal_before}",
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={train.processes}", f"--signals-to-handle={SIGNALS}",
+            f"--shutdown-timeout={train.job.signal_before}",
             "--no-python", sys.executable, "-W", "ignore", "-c", work_command(out)]
 
-# %% ../nbs/35_launch.ipynb #8e60ee1b
+# %% ../nbs/35_launch.ipynb #ffd38577
 def _asked(out: Path) -> bool:
     "Whether somebody asked this process to stop; a file left from before it started does not count."
     file = out / "stop"
@@ -104,9 +105,9 @@ def local(params: Params, out: Path) -> None:
     before = _on_signals(ask)
     try:
         with open(out / "log.txt", "ab") as log:
-            child = subprocess.Popen(_torchrun(train, out), cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log,
-                                     stderr=log, start_new_session=True,
-                                     preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGKILL, parent))
+            bound = lambda parent=os.getpid(): die_with_parent(signal.SIGKILL, parent)
+            child = subprocess.Popen(_torchrun(train, out), cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
+                                     stdout=log, stderr=log, start_new_session=True, preexec_fn=bound)
         try: _wait(child, train, out)
         finally: child.kill(); child.wait()
     finally:
@@ -115,26 +116,32 @@ def local(params: Params, out: Path) -> None:
         stop.unlink(missing_ok=True)
     if child.returncode == 0: return
     raise_told(out)
-    if asked: raise Stopped("training was stopped before it could save; run again to go on from the last checkpoint")
-    raise RuntimeError(f"training ended with code {child.returncode} and no message; if the kernel killed it, memory "
-                       f"ran out: lower train.micro_batch or tokens.sequence_length\n{_tail(out / 'log.txt')}")
+    if error := _told(out / "error.json"):
+        raise RuntimeError(f"training failed: {error['kind']}: {error['message']}\n{error['traceback']}")
+    if asked:
+        raise Stopped("training was stopped before it could save; run again to go on from the last one saved")
+    raise RuntimeError(f"training ended with code {child.returncode} and no message; if the kernel killed it, "
+                       "memory ran out: lower train.micro_batch or tokens.sequence_length\n"
+                       f"{_tail(out / 'log.txt')}")
 
-# %% ../nbs/35_launch.ipynb #caa118c6
+# %% ../nbs/35_launch.ipynb #848f48b2
 OURS = ("array", "chdir", "error", "job-name", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode",
         "output", "partition", "requeue", "signal", "test-only", "time", "wait", "wrap")
 
 def _options(params: Params, out: Path) -> dict[str, str]:
     "sbatch's options; those of the YAML last. Raises `UserError` for what sbatch would misread."
     t, job = params.train, params.train.job
-    given = {"job-name": f"domain-adapt-{out.name}", "chdir": str(out), "output": str(out / "log.txt").replace("%", "%%"),
-             "open-mode": "append", "nodes": t.nodes, "ntasks-per-node": 1, "time": job.time,
+    given = {"job-name": f"domain-adapt-{out.name}", "chdir": str(out),
+             "output": str(out / "log.txt").replace("%", "%%"), "open-mode": "append",
+             "nodes": t.nodes, "ntasks-per-node": 1, "time": job.time,
              "signal": f"USR1@{job.signal_before}", "requeue": "", "dependency": "singleton"}
     given |= {"gpus-per-node": t.processes} if job.gpus else {"cpus-per-task": t.processes}
     if job.partition: given["partition"] = job.partition
     if t.launcher == "hyperpod": given["exclusive"] = ""
     for key, value in job.options.items():
         if key in OURS or not re.fullmatch("[a-z][a-z0-9-]*", key):
-            raise UserError(f"train.job.options: {key!r} is no option of sbatch in its long form, or the script sets it itself")
+            raise UserError(f"train.job.options: {key!r} is no option of sbatch in its long form, or the script "
+                            "sets it itself")
         given[key] = value
     for key, value in given.items():
         if not str(value).isprintable() or "\\" in str(value):
@@ -145,7 +152,7 @@ def _directives(options: dict[str, str]) -> str:
     line = lambda key, value: f"#SBATCH --{key}" + (f"={shlex.quote(str(value))}" if value != "" else "")
     return "\n".join(line(*pair) for pair in options.items())
 
-# %% ../nbs/35_launch.ipynb #5cfccb4b
+# %% ../nbs/35_launch.ipynb #e3bddd9b
 JOB = r'''
 # What every node runs: torchrun, which passes USR1 and TERM on to its processes; they save and end.
 node() {
@@ -153,26 +160,33 @@ node() {
     cd "$package" || exit
     first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
     address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+    address=${address:-$first}
     threads=$(( $(OMP_NUM_THREADS= nproc) / processes ))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( threads > 1 ? threads : 1 ))}"
     trap '' USR1    # until torchrun listens
     exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" \
         --node-rank="$SLURM_NODEID" --master-addr="$address" --master-port=$(( 15000 + SLURM_JOB_ID % 15000 )) \
-        --signals-to-handle="$signals" --shutdown-timeout="$patience" --no-python "$python" -W ignore -c "$work"
+        --signals-to-handle="$signals" --shutdown-timeout="$patience" \
+        --no-python "$python" -W ignore -c "$work"
 }
 export package python work nodes processes signals patience
 export -f setup node
 
 [[ -e job_done ]] && exit 0
+[[ -e job.json ]] || { echo "job.json is missing: run domain-adapt launch again, after stage tokens"; exit 2; }
 (( ${SLURM_RESTART_COUNT:-0} )) || rm -f fruitless
 rm -f error.json stopped.json
+[[ $SLURM_CPUS_PER_TASK ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK    # srun looks at no other
 before=$(cksum checkpoints/latest.json 2>&1)
 echo "$(date) job $SLURM_JOB_ID starts on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"
-srun --export=ALL --kill-on-bad-exit=1 --wait=0 --label $auto_resume bash -c node && rm -f fruitless && touch job_done && exit 0
+srun --export=ALL --kill-on-bad-exit=1 --wait=0 --label $auto_resume bash -c node &&
+    rm -f fruitless && touch job_done && exit 0
 
 # It ended early. Back into the queue, unless that would not help.
-tries=0
-[[ $(cksum checkpoints/latest.json 2>&1) == "$before" ]] && tries=$(( $(cat fruitless 2>/dev/null || echo 0) + 1 ))
+if [[ $(cksum checkpoints/latest.json 2>&1) == "$before" ]]
+then tries=$(( $(cat fruitless 2>/dev/null || echo 0) + 1 ))
+else tries=0
+fi
 echo $tries > fruitless
 if grep -qs '"kind": *"UserError"' error.json; then echo "not restarted: error.json says what to mend"
 elif (( tries >= 3 )); then echo "not restarted: $tries starts running ended without a new checkpoint"
@@ -185,90 +199,98 @@ exit 1
 def script(params: Params, out: Path) -> str:
     "The sbatch script that trains in the folder `out`. Raises `UserError` where it would not be valid."
     t, out = params.train, out.absolute()
-    values = dict(package=ROOT, python=sys.executable, work=work_command(out), nodes=t.nodes, processes=t.processes,
-                  signals=SIGNALS, patience=t.job.signal_before, restarts=t.job.restarts,
+    values = dict(package=ROOT, python=sys.executable, work=work_command(out), nodes=t.nodes,
+                  processes=t.processes, signals=SIGNALS, patience=t.job.signal_before, restarts=t.job.restarts,
                   auto_resume="--auto-resume=1" if t.launcher == "hyperpod" else "")
     told = f"# Trains run {params.run} on {t.nodes} x {t.processes} processes: sbatch train.sbatch"
     setup = "\n".join(f"    {line}" for line in t.job.setup or [":"])
-    text = "\n".join(["#!/bin/bash", told, _directives(_options(params, out)), "",
-                      *(f"{k}={shlex.quote(str(v))}" for k, v in values.items()), f"setup() {{\n{setup}\n}}", JOB.lstrip()])
+    variables = [f"{k}={shlex.quote(str(v))}" for k, v in values.items()]
+    text = "\n".join(["#!/bin/bash", told, _directives(_options(params, out)), "", *variables,
+                      f"setup() {{\n{setup}\n}}", JOB])
     checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
     if checked.returncode: raise UserError(f"train.job.setup: bash cannot read it: {checked.stderr.strip()}")
     return text
 
 def write_script(params: Params, out: Path) -> Path:
     "Write `train.sbatch` into `out`. Raises `UserError` where the launcher needs none."
-    if params.train.launcher == "local": raise UserError("train.launcher: local starts no job; set slurm or hyperpod")
+    if params.train.launcher == "local":
+        raise UserError("train.launcher: local starts no job; set slurm or hyperpod")
     check_layout(params.train)
     write_text(out / "train.sbatch", script(params, out))
     return out / "train.sbatch"
 
-# %% ../nbs/35_launch.ipynb #dac0c485
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
+# %% ../nbs/35_launch.ipynb #f8593dc1
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
+         "PREEMPTED")
 NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints")
 POLL = 5.0
 
 def _slurm(*command: str) -> subprocess.CompletedProcess:
     "Run one of Slurm's commands. Raises `UserError` where there is none."
-    try: return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    given = dict(env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    try: return subprocess.run(command, **given)
     except FileNotFoundError:
-        raise UserError(f"train.launcher: there is no {command[0]} on this machine; run on a node that sends jobs, or "
-                        "write the job with `domain-adapt launch` and send it there") from None
+        raise UserError(f"train.launcher: there is no {command[0]} on this machine; run on a node that sends jobs, "
+                        "or write the job with `domain-adapt launch` and send it there") from None
     except subprocess.TimeoutExpired: return subprocess.CompletedProcess(command, 1, "", "no answer in 120 s")
 
 def jobs(out: Path) -> dict[str, tuple[str, str]] | None:
-    "State and reason of the jobs of the folder `out` that Slurm still knows, by number; None where it does not answer."
-    asked = _slurm("squeue", "--me", "--noheader", "--states=all", f"--name=domain-adapt-{out.name}", "--format=%i|%T|%r|%Z")
+    "State and reason of the jobs of `out` that Slurm still knows, by number; None where it does not answer."
+    asked = _slurm("squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%Z",
+                   f"--name=domain-adapt-{out.name}")
     if asked.returncode: return None
     rows = (line.split("|", 3) for line in asked.stdout.splitlines())
     return {number: (state, reason) for number, state, reason, folder in rows if folder == str(out)}
 
 def submit(out: Path) -> str:
     "Number of the job of `out`: the one that is there, else a new one."
-    while (there := jobs(out)) is None: time.sleep(POLL)
+    if (there := jobs(out)) is None:
+        raise UserError("train.launcher: Slurm's controller does not answer squeue; try again later")
     alive = [number for number, (state, _) in there.items() if state not in ENDED]
     if not alive:
         sent = _slurm("sbatch", "--parsable", str(out / "train.sbatch"))
-        if sent.returncode: raise UserError(f"train.job: sbatch took no job from {out / 'train.sbatch'}: {sent.stderr.strip()}")
+        if sent.returncode:
+            raise UserError(f"train.job: sbatch took no job from {out}/train.sbatch: {sent.stderr.strip()}")
         alive = [sent.stdout.strip().partition(";")[0]]
     write_json(out / "slurm.json", {"job": alive[0]})
     return alive[0]
 
-# %% ../nbs/35_launch.ipynb #9d6a5fe6
+# %% ../nbs/35_launch.ipynb #62cc9def
 def follow(job: str, params: Params, out: Path) -> tuple[str, str]:
-    "Show a job's state and progress until it has ended. Gives its last state and why; GONE where Slurm has forgotten it."
+    "Show a job's state and progress to its end. Gives its last state and why; GONE where Slurm has forgotten it."
     state, reason, left = "PENDING", "", 3
     while left:
         total = params.train.steps if state == "RUNNING" else None
         now = state, reason
-        with progress(total=total, description=f"train: Slurm job {job} {state.lower()} {reason}".strip()) as bar:
+        told = f"train: Slurm job {job} {state.lower()} {reason}"
+        with progress(total=total, description=told.strip()) as bar:
             while left and (state, reason) == now:
                 if total and (step := step_done(out) - bar.n): bar.update(step)
                 if _asked(out): raise KeyboardInterrupt
                 time.sleep(POLL)
                 there = jobs(out)
-                if there is None: continue
+                if there is None: there = {job: ("UNKNOWN", "Slurm does not answer")}
                 state, reason = there.get(job, ("GONE", ""))
-                reason = "" if reason == "None" else reason
+                if reason == "None": reason = ""
                 if reason in NEVER: _give_up(job, reason)
                 left = left - 1 if state in (*ENDED, "GONE") else 3
     return state, reason
 
 def _give_up(job: str, reason: str) -> None:
     _slurm("scancel", job)
-    raise UserError(f"train.job: Slurm job {job} would never start ({reason}) and was cancelled; change time, partition "
-                    "or options")
+    raise UserError(f"train.job: Slurm job {job} would never start ({reason}) and was cancelled; change time, "
+                    "partition or options")
 
 def slurm(params: Params, out: Path) -> None:
     "Train in a Slurm job, sent from here and followed to its end. Raises what ended it."
-    out = out.absolute()
     if (out / "job_done").exists(): return
     write_script(params, out)
     job = submit(out)
     try: state, reason = follow(job, params, out)
     except KeyboardInterrupt:
         (out / "stop").unlink(missing_ok=True)
-        raise Stopped(f"Slurm job {job} goes on: run again to follow it, or cancel it with `scancel {job}`") from None
+        raise Stopped(f"Slurm job {job} goes on: run again to follow it, or end it with `scancel {job}`") from None
     if state == "COMPLETED" or (out / "job_done").exists(): return
     at = f"Slurm job {job} {{}} at step {step_done(out)}; run again to go on from the last checkpoint"
     if state == "CANCELLED": raise UserError(at.format("was cancelled"))
@@ -277,7 +299,7 @@ def slurm(params: Params, out: Path) -> None:
     raise_told(out)
     raise RuntimeError(at.format(f"ended ({state.lower()} {reason})") + f"\n{_tail(out / 'log.txt')}")
 
-# %% ../nbs/35_launch.ipynb #76237dad
+# %% ../nbs/35_launch.ipynb #eec94320
 def take_checkpoint(name: str, out: Path) -> None:
     "Use the model `name` in place of one trained here: it becomes the only export, with nothing seen."
     shutil.rmtree(out / "hf", ignore_errors=True)
@@ -286,12 +308,16 @@ def take_checkpoint(name: str, out: Path) -> None:
     write_csv(out / "mixture.csv", pd.DataFrame(columns=["corpus", "asked", "documents", "tokens", "share"]))
     write_json(out / "info.json", {"checkpoint": name})
 
+def prepare(params: Params, folders: dict[str, Path], out: Path) -> None:
+    "Write `job.json`, which the processes read. Raises `UserError` where sizes, layout and data do not fit."
+    check_layout(params.train)
+    check_mixture(params, pd.read_csv(folders["tokens"] / "mixture.csv"))
+    job = dict(params=params.model_dump(mode="json"), model=str(get_model(params.model)),
+               tokens=str(folders["tokens"].absolute()), out=str(out.absolute()))
+    write_json(out / "job.json", job)
+
 def train(params: Params, folders: dict[str, Path], out: Path) -> None:
     "The train stage: metrics.jsonl, mixture.csv, info.json, checkpoints/ and hf/step_<n>/ below `out`."
     if params.train.checkpoint: return take_checkpoint(params.train.checkpoint, out)
-    check_layout(params.train)
-    check_mixture(params, pd.read_csv(folders["tokens"] / "mixture.csv"))
-    out = out.absolute()
-    write_json(out / "job.json", dict(params=params.model_dump(mode="json"), model=str(get_model(params.model)),
-                                      tokens=str(folders["tokens"].absolute()), out=str(out)))
-    (local if params.train.launcher == "local" else slurm)(params, out)
+    prepare(params, folders, out)
+    (local if params.train.launcher == "local" else slurm)(params, out.absolute())
