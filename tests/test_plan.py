@@ -200,7 +200,7 @@ def test_too_little_disk(tmp_path, monkeypatch):
     assert disk_problems(params, config, tmp_path / "train-1234") == []
     monkeypatch.setattr(room.shutil, "disk_usage", lambda at: usage(need - 1))
     found, = disk_problems(params, config, tmp_path / "train-1234")
-    assert "2 checkpoints x 1.88 GB + 2 exports x 0.27 GB = 4.30 GB" in found and str(tmp_path) in found
+    assert "2 checkpoints x 1.88 GB + 2 exports x 269 MB = 4.3 GB" in found and str(tmp_path) in found
     (tmp_path / "train-1234" / "checkpoints").mkdir(parents=True)    # what is there already counts
     (tmp_path / "train-1234" / "checkpoints" / "one").write_bytes(b"x")
     assert disk_problems(params, config, tmp_path / "train-1234") == []
