@@ -146,7 +146,7 @@ def test_a_sum_that_does_not_work_out_is_told(sets, said):
 @pytest.mark.fault
 def test_other_families_and_odd_configurations():
     params = run_of("quickstart")
-    assert "model_type 'gpt2'" in problems(params, {"model_type": "gpt2"})[0]
+    assert "model_type is 'gpt2'" in problems(params, {"model_type": "gpt2"})[0]
     assert "has no num_hidden_layers" in problems(params, {"model_type": "llama", "num_attention_heads": 2, "hidden_size": 4})[0]
     llama = published()["smollm2-135m-instruct"]
     for more, said in (({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"), ({"attention_bias": True}, "attention_bias"),
