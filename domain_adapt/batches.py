@@ -18,7 +18,7 @@ from .params import Params
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-# %% ../nbs/33_batches.ipynb #0b139fd4
+# %% ../nbs/33_batches.ipynb #b251c49f
 class Vocabulary:
     "What megatron-core's datasets ask of a tokenizer when the text is tokens already."
     def __init__(self, size: int, eod: int):
@@ -37,7 +37,7 @@ def _dataset(split: int, prefixes: list[Path], weights: list[float] | None, samp
     sizes = [0] * 3
     sizes[split] = samples
     data = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[split]
-    for part in parts(data): part.masks_and_position_ids_are_cacheable = False    # a padded sequence spoils the cache
+    for part in parts(data): part.masks_and_position_ids_are_cacheable = False    # padding spoils the cache
     return data
 
 def parts(data) -> list:
@@ -72,14 +72,15 @@ def context_slice(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
     pieces = x.chunk(2 * size, 1)
     return torch.cat([pieces[rank], pieces[-1 - rank]], 1)
 
-# %% ../nbs/33_batches.ipynb #ed24ab09
+# %% ../nbs/33_batches.ipynb #3474ec11
 def document_numbers(tokens: torch.Tensor, eod: int) -> torch.Tensor:
     "For each position of [batch, sequence], how many documents end before it."
     ends = (tokens == eod).int()
     return ends.cumsum(1) - ends
 
-def collate(data, rows: Iterable[int | None], separate: bool, rank: int = 0, size: int = 1, device="cpu") -> dict:
-    """Sequences of `data` as tensors [batch, sequence / size]: tokens, labels, loss_mask, for context-parallel
+def collate(data, rows: Iterable[int | None], separate: bool, rank: int = 0, size: int = 1,
+            device="cpu") -> dict:
+    """Sequences of `data` as tokens, labels and loss_mask [batch, sequence / size], for context-parallel
     process `rank` of `size`; with `separate` also documents [batch, sequence]. A row None is not counted."""
     samples = [data[i] for i in rows]
     batch = {k: torch.stack([s[k] for s in samples]).to(device) for k in ("tokens", "labels", "loss_mask")}
@@ -100,11 +101,11 @@ def step_batches(data, step: int, params: Params, device) -> list[dict]:
     mine = micro_batches(rows_of(step, train.global_batch), train.micro_batch, rank, world)
     return [_collate(data, rows, params, device) for rows in mine]
 
-# %% ../nbs/33_batches.ipynb #dfc1012c
+# %% ../nbs/33_batches.ipynb #cfd5e662
 def heldout_rows(available: int, params: Params, rank: int, world: int) -> list[list[int | None]]:
     "Micro-batches of rows for `train.validation.tokens` of `available` sequences; None fills up."
-    size, wanted = params.train.micro_batch, math.ceil(params.train.validation.tokens / params.tokens.sequence_length)
-    wanted = min(available, wanted)
+    size = params.train.micro_batch
+    wanted = min(available, math.ceil(params.train.validation.tokens / params.tokens.sequence_length))
     filled = range(math.ceil(wanted / (size * world)) * size * world)
     return [[i if i < wanted else None for i in rows] for rows in micro_batches(filled, size, rank, world)]
 
@@ -113,7 +114,7 @@ def heldout_batches(data, params: Params, device) -> list[dict]:
     rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     return [_collate(data, rows, params, device) for rows in heldout_rows(len(data), params, rank, world)]
 
-# %% ../nbs/33_batches.ipynb #4cdf04bd
+# %% ../nbs/33_batches.ipynb #a6aec31c
 def _documents(part, samples: np.ndarray) -> int:
     "Distinct documents that the `samples` of one corpus's dataset touch."
     at = part.shuffle_index[samples]
@@ -125,8 +126,8 @@ def _documents(part, samples: np.ndarray) -> int:
     return int(touched.sum())
 
 def realised(data, blend: pd.DataFrame, steps: Iterable[int], size: int) -> pd.DataFrame:
-    """What was learnt from in the updates `steps` (from 1), of `size` sequences each: corpus, asked, documents
-    (distinct), tokens, share. `blend` has the corpora and what was asked of each, in the order of the data."""
+    """What the updates `steps` (from 1), of `size` sequences each, learnt from: corpus, asked, documents
+    (distinct), tokens, share. `blend` has the corpora and what was asked of each, in the data's order."""
     steps = np.fromiter(steps, np.int64)
     rows = ((steps - 1)[:, None] * size + np.arange(size)).ravel()
     table = blend[["corpus", "asked"]].assign(documents=0, tokens=0)
@@ -135,5 +136,6 @@ def realised(data, blend: pd.DataFrame, steps: Iterable[int], size: int) -> pd.D
     samples = data.dataset_sample_index[rows] if blended else rows
     for at, (i, part) in enumerate(zip(table.index[table["asked"] > 0], parts(data))):
         drawn = samples[corpus == at]
-        table.loc[i, ["documents", "tokens"]] = _documents(part, drawn), len(drawn) * part.config.sequence_length
+        tokens = len(drawn) * part.config.sequence_length
+        table.loc[i, ["documents", "tokens"]] = _documents(part, drawn), tokens
     return table.assign(share=table["tokens"] / max(1, table["tokens"].sum()))

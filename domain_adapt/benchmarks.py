@@ -8,7 +8,7 @@ __all__ = ['KEY', 'COLUMNS', 'BENCHMARKS', 'shares', 'evenly', 'Task', 'load_tas
            'tokens_seen', 'read_blocks', 'unscored', 'answer_comparisons', 'compare', 'task_settings', 'settings',
            'evaluate']
 
-# %% ../nbs/42_benchmarks.ipynb #7bca8643
+# %% ../nbs/42_benchmarks.ipynb #79311fe5
 import contextlib, hashlib, importlib.metadata, io, json, logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from .models import best_dtype, get_model, load_model, load_tokenizer, tune_cpu
 from .params import Params, Suite, UserError
 from .perplexity import (DTYPES, SLICE, Block, comparisons, heldout_blocks, linear_head,
                                      prefix_token, score_blocks, summarise)
-from .runs import progress, write_csv, write_json, write_text
+from .runs import progress, read_lines, write_csv, write_json, write_text
 from .stats import Paired, benjamini_hochberg, mcnemar, verdict, wilson
 
 # %% ../nbs/42_benchmarks.ipynb #da11429b
@@ -225,7 +225,7 @@ def run_suite(model, tokenizer, variant: str, suite: str, tasks: Sequence[Task],
     return [dict(variant=variant, suite=suite, task=t.name, metric=m, **scores(answered[t.name], m), **how)
             for t in tasks for m in t.metrics]
 
-# %% ../nbs/42_benchmarks.ipynb #9f6ed696
+# %% ../nbs/42_benchmarks.ipynb #1bede3b7
 def exports(train: Path) -> dict[int, Path]:
     "HF folders of the train stage by step."
     return dict(sorted((int(f.name.removeprefix("step_")), f) for f in (train / "hf").glob("step_*")))
@@ -241,7 +241,7 @@ def variant_folders(params: Params, folders: Mapping[str, Path]) -> dict[str, Pa
 
 def tokens_seen(params: Params, train: Path) -> dict[str, int | None]:
     "Training tokens behind each variant; None where somebody else trained it."
-    at, steps = {line["step"]: line["tokens"] for line in suites.read_jsonl(train / "metrics.jsonl")}, exports(train)
+    at, steps = {line["step"]: line["tokens"] for line in read_lines(train / "metrics.jsonl")}, exports(train)
     end = at.get(max(steps))
     return ({"original": 0, "base": 0, "cpt": end} | {f"cpt@{n}": at.get(n) for n in list(steps)[:-1]}
             | {f"merge:{c.name}": end for c in params.merge.candidates})
@@ -258,13 +258,13 @@ def unscored(blocks: Sequence[Block], variant: str, scored: pd.DataFrame) -> lis
     have = set(scored.loc[scored["variant"] == variant, KEY[1:]].itertuples(index=False, name=None))
     return [b for b in blocks if (b.corpus, b.document, b.block) not in have]
 
-# %% ../nbs/42_benchmarks.ipynb #25e3943e
+# %% ../nbs/42_benchmarks.ipynb #28f21a5e
 def answer_comparisons(out: Path, variant: str, against: str, tasks: Sequence[Task]) -> Iterator[dict]:
     "Paired differences in accuracy, a row for each task both have answered, in the task's main metric."
     for t in tasks:
         files = [samples_file(out, v, t.name) for v in (variant, against)]
         if not all(f.is_file() for f in files): continue
-        a, b = ([s[t.main_metric] for s in suites.read_jsonl(f)] for f in files)
+        a, b = ([s[t.main_metric] for s in read_lines(f)] for f in files)
         measure = f"{t.name}/{t.main_metric}"
         yield dict(variant=variant, against=against, measure=measure, **mcnemar(a, b)._asdict())
 

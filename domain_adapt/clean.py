@@ -6,7 +6,7 @@
 __all__ = ['READERS', 'MAX_TASKS', 'HUB_SHARDS', 'DROPPED', 'Left', 'TABLES', 'files_below', 'corpus_files', 'read_file',
            'Reader', 'Passed', 'reason_class', 'Recount', 'clean_corpus', 'ingest', 'samples']
 
-# %% ../nbs/18_clean.ipynb #64389cb3
+# %% ../nbs/18_clean.ipynb #17bbddea
 import contextlib, json, math, re, shutil, tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from .assets import cache_folder, resolve
 from .filters import Rule, marked, preset, rules
 from .params import Corpus, Edgar, Params, UserError
 from .repeats import Decontaminate, Fingerprints, find_copies, write_index
-from .runs import write_csv, write_json
+from .runs import read_lines, write_csv, write_json
 from .sources import edgar, general, medical, patents, sec
 from .sources.reading import DAMAGE, contents, decode, not_kept
-from .workers import Guarded, Lines, passed, read_lines, run
+from .workers import Guarded, Lines, passed, run
 
 # %% ../nbs/18_clean.ipynb #7bd87a03
 READERS = {"sec": sec.documents, "medical": medical.documents, "patents": patents.documents,

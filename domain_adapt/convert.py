@@ -7,11 +7,13 @@ __all__ = ['EMBEDDING', 'OUTPUT', 'FUSED', 'COLUMNS', 'MASTER', 'SHARD', 'TYPES'
            'whole_name', 'join_qkv', 'split_qkv', 'apart', 'weight_files', 'tensor_slice', 'weights', 'local_weights',
            'Stored', 'lay_out', 'put', 'weights_dtype', 'export_checkpoint']
 
-# %% ../nbs/32_convert.ipynb #e9f27875
+# %% ../nbs/32_convert.ipynb #4a60e751
 import json, math, re, shutil, struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 import torch
+from safetensors import SafetensorError, safe_open
 from .params import UserError
 from .runs import whole_folder, write_json
 
@@ -77,7 +79,7 @@ def apart(weight: torch.Tensor, parts: dict[str, tuple[int, ...]], hf) -> dict[s
     else: split = weight.split([rows for rows, *_ in parts.values()])
     return dict(zip(parts, split))
 
-# %% ../nbs/32_convert.ipynb #4e8bf7e7
+# %% ../nbs/32_convert.ipynb #e956f3e1
 def _shards(folder: Path) -> list[Path]:
     "The safetensors files that transformers would read."
     index = folder / "model.safetensors.index.json"
@@ -86,7 +88,6 @@ def _shards(folder: Path) -> list[Path]:
 
 def _found(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     "File and shape of every tensor in an HF folder. Raises `UserError` where a file is absent or damaged."
-    from safetensors import SafetensorError, safe_open
     found = {}
     for file in _shards(folder):
         try:
@@ -133,13 +134,11 @@ def tensor_slice(name: str, parts: list, groups: int, rank: int, size: int) -> t
     if columns: return parts[0][:, mine]
     return parts[0][mine] if len(parts) == 1 else torch.cat([part[mine] for part in parts])
 
-# %% ../nbs/32_convert.ipynb #46f1d3fe
+# %% ../nbs/32_convert.ipynb #42fd1514
 def weights(folder: str | Path, hf, names: dict[str, str], rank: int = 0,
             size: int = 1) -> Iterator[tuple[str, torch.Tensor]]:
     """`names` (this rank's: the whole model's) with their weights in fp32 as tensor-parallel `rank` of `size`
     holds them, from an HF folder, one in memory at a time. Raises `UserError` as `weight_files` does."""
-    from contextlib import ExitStack
-    from safetensors import safe_open
     files, whole = weight_files(folder, hf), made_of(hf)
     for name, of in names.items():
         with ExitStack() as opened:
@@ -149,17 +148,12 @@ def weights(folder: str | Path, hf, names: dict[str, str], rank: int = 0,
 
 def local_weights(folder: str | Path, hf, model) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of an HF folder that belong to this process's GPTModel `model`, by the names of its
-    parameters, in fp32. Raises `UserError` where a weight is missing, left over or of another shape."""
+    parameters, in fp32, one in memory at a time. Raises `UserError` as `weight_files` does."""
     from megatron.core import parallel_state
     layers = [layer.layer_number - 1 for layer in model.decoder.layers]
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    names = {name: whole_name(name, layers, hf.tie_word_embeddings) for name in shapes}
-    for name, weight in weights(folder, hf, names, parallel_state.get_tensor_model_parallel_rank(),
-                                parallel_state.get_tensor_model_parallel_world_size()):
-        if weight.shape != shapes[name]:
-            raise UserError(f"{folder}: {names[name]} is {list(weight.shape)} on this rank, where its model "
-                            f"has {list(shapes[name])}")
-        yield name, weight
+    names = {name: whole_name(name, layers, hf.tie_word_embeddings) for name, _ in model.named_parameters()}
+    return weights(folder, hf, names, parallel_state.get_tensor_model_parallel_rank(),
+                   parallel_state.get_tensor_model_parallel_world_size())
 
 # %% ../nbs/32_convert.ipynb #300a26f6
 MASTER = "optimizer.state.fp32_param."

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SLICE', 'QUERIES', 'DTYPES', 'COLUMNS', 'CONTRACT', 'Block', 'prefix_token', 'document_blocks', 'spread',
-           'read_heldout', 'heldout_blocks', 'linear_head', 'block_nll', 'blockwise_attention', 'fast_attention',
-           'score_blocks', 'summarise', 'comparisons']
+           'heldout_blocks', 'linear_head', 'block_nll', 'blockwise_attention', 'fast_attention', 'score_blocks',
+           'summarise', 'comparisons']
 
-# %% ../nbs/41_perplexity.ipynb #940e24d5
-import contextlib, gzip, json, re
+# %% ../nbs/41_perplexity.ipynb #b0c39e18
+import contextlib, re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionInterface
 from .models import tune_cpu
 from .params import Corpus, UserError
-from .runs import progress
+from .runs import progress, read_lines
 from .stats import bits_per_byte, draws, interval, paired
 
 # %% ../nbs/41_perplexity.ipynb #05665fde
@@ -67,16 +67,10 @@ def spread(lengths: Sequence[int], most: int) -> list[int]:
         if lengths[picked].sum() <= most: return picked.tolist()
     return []
 
-# %% ../nbs/41_perplexity.ipynb #9aa5e0b5
-def read_heldout(folder: Path, corpus: str) -> Iterator[dict]:
-    "The held-out documents (id, text, metadata) of a corpus in the tokens stage's folder, if there are any."
-    path = folder / f"{corpus}_heldout.jsonl.gz"
-    if path.is_file():
-        with gzip.open(path, "rt", encoding="utf-8") as f: yield from map(json.loads, f)
-
+# %% ../nbs/41_perplexity.ipynb #13eb723a
 def _corpus_blocks(folder: Path, name: str, kind: str, tokenizer, max_tokens: int, size: int) -> list[Block]:
     "Blocks of one corpus, halves in turn. Raises `UserError` where they are too few to make two halves."
-    documents = read_heldout(folder, name)
+    documents = read_lines(folder / f"{name}_heldout.jsonl.gz")
     found = [(d["id"], w) for d in documents for w in document_blocks(d["text"], tokenizer, size)]
     picked = [found[i] for i in spread([len(w["ids"]) for _, w in found], max_tokens)]
     if found and len(picked) < 2:

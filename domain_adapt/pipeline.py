@@ -47,11 +47,12 @@ class Bars:
 
     def __exit__(self, *_): self.over.set(); self.thread.join(); self.bars.stop()
 
-# %% ../nbs/70_pipeline.ipynb #7f43afee
+# %% ../nbs/70_pipeline.ipynb #39edd6f9
 def _papermill(notebook: Path, executed: Path, params: Path, bars: Path, log) -> subprocess.Popen:
     command = [sys.executable, "-m", "papermill", str(notebook), str(executed), "-f", str(params), "--cwd", str(ROOT), "-k", "python3", "--no-progress-bar"]
     environment = os.environ | {"DOMAIN_ADAPT_PROGRESS": str(bars), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGTERM, parent))
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                            preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGTERM, parent))
 
 def _failure(executed: Path, log: str) -> tuple[str, str]:
     "Name and message of the error that stopped a notebook; the log's end where it holds none."
@@ -60,7 +61,18 @@ def _failure(executed: Path, log: str) -> tuple[str, str]:
     errors = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
     return (errors[0]["ename"], errors[0]["evalue"]) if errors else ("the notebook's kernel ended", log[-2000:])
 
-# %% ../nbs/70_pipeline.ipynb #dd88b32c
+# %% ../nbs/70_pipeline.ipynb #9bf83cab
+def _end(child: subprocess.Popen, stage: Stage) -> int | None:
+    "End a notebook that was interrupted. Gives its code where it ended itself, as training does once it is saved."
+    try:
+        if stage.name == "train" and stage.folder.exists():
+            (stage.folder / "stop").touch()
+            return child.wait(stage.params.train.job.signal_before + 60)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt): pass
+    child.terminate()
+    child.wait()
+    stage.discard(patience=10)
+
 def _execute(run: Run, name: str, console: Console) -> None:
     "Run a stage's notebook to its end. Raises `UserError` with the error of the cell that failed."
     stage, number = enter(run, name), f"{STAGES.index(name) + 1}_{name}"
@@ -74,16 +86,18 @@ def _execute(run: Run, name: str, console: Console) -> None:
             child = _papermill(notebook_path(name), executed, run.folder / "params.yaml", bars, out)
             try: code = child.wait()
             except BaseException:
-                child.terminate()
-                child.wait()
-                stage.discard(patience=10)
-                raise
+                if (code := _end(child, stage)) is None: raise
         if code == 0 and stage.complete: return _keep(executed, notebooks / f"{number}.ipynb")
         stage.discard()
         kind, message = _failure(executed, log.read_text())
+        if kind == "Stopped": raise _stopped(message)
         if kind == "UserError": raise UserError(message)
         if executed.exists(): _keep(executed, failed)
         raise UserError(f"stage {name} failed with {kind}: {message}\nwhere: {failed if failed.exists() else notebook_path(name)}")
+
+def _stopped(message: str) -> UserError:
+    from domain_adapt.launch import Stopped
+    return Stopped(message)
 
 def _keep(executed: Path, at: Path) -> None:
     "Put an executed notebook into its place in one step."

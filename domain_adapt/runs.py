@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LIBC', 'STAGES', 'RESUMED', 'HOW', 'ROOT', 'PACKAGE', 'DRAWING', 'DATA', 'write_bytes', 'write_text', 'write_json',
-           'write_csv', 'whole_folder', 'progress', 'die_with_parent', 'outputs', 'notebook_path', 'digest',
-           'modules_used', 'local_path', 'fingerprint', 'environment', 'locked', 'Stage', 'Run', 'enter', 'note_done',
-           'up_to_date', 'open_stage']
+           'write_csv', 'read_lines', 'whole_folder', 'progress', 'die_with_parent', 'outputs', 'notebook_path',
+           'digest', 'modules_used', 'local_path', 'fingerprint', 'environment', 'locked', 'Stage', 'Run', 'enter',
+           'note_done', 'up_to_date', 'open_stage']
 
-# %% ../nbs/02_runs.ipynb #f797c505
-import ast, contextlib, ctypes, errno, fcntl, hashlib, importlib.metadata, json, os, platform, shutil, tempfile, time, uuid
+# %% ../nbs/02_runs.ipynb #0b049725
+import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, shutil, tempfile, time, uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +41,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise
     _sync_folder(path.parent)
 
-# %% ../nbs/02_runs.ipynb #d119d40b
+# %% ../nbs/02_runs.ipynb #3612190e
 def write_text(path: str | Path, text: str) -> None:
     "Write UTF-8 `text` to `path`, whole or not at all."
     write_bytes(path, text.encode())
@@ -53,6 +53,13 @@ def write_json(path: str | Path, data: Any) -> None:
 def write_csv(path: str | Path, frame) -> None:
     "Write a pandas frame without its index, numbers as exact as they are, whole or not at all."
     write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+
+def read_lines(path: str | Path) -> Iterator[dict]:
+    "The objects of a JSON-lines file, packed by gzip where its name ends in .gz; none where there is no file."
+    path = Path(path)
+    if not path.exists(): return
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+        for line in f: yield json.loads(line)
 
 # %% ../nbs/02_runs.ipynb #77339bc7
 @contextlib.contextmanager
@@ -208,7 +215,7 @@ def _section(params: Params, stage: str) -> Any:
         "evaluate": lambda: [evaluate, p["seed"], [fingerprint(s.data) for s in params.evaluate.suites.values()]],
         "report": lambda: [p["run"], p["report"]]}[stage]()
 
-# %% ../nbs/02_runs.ipynb #9b9e1317
+# %% ../nbs/02_runs.ipynb #b2ab47fd
 def environment() -> dict[str, str]:
     "Python, platform and the versions of the packages a result can depend on."
     names = ["torch", "megatron-core", "transformers", "mergekit", "lm-eval", "datatrove", "trafilatura", "pandas", "numpy"]
@@ -218,10 +225,15 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", **versions}
 
 def _hashes(folder: Path) -> dict[str, dict]:
-    "Size and sha256 of every file below `folder`."
-    def one(f: Path) -> dict:
-        with f.open("rb") as h: return {"bytes": f.stat().st_size, "sha256": hashlib.file_digest(h, "sha256").hexdigest()}
-    return {str(f.relative_to(folder)): one(f) for f in sorted(folder.rglob("*")) if f.is_file() and not f.is_symlink()}
+    "Size and sha256 of every file below `folder`; a checkpoint's are those that its `checksums.json` says."
+    found = {}
+    for f in sorted(folder.rglob("*")):
+        if not f.is_file() or f.is_symlink() or (f.name != "checksums.json" and (f.parent / "checksums.json").is_file()): continue
+        if f.name == "checksums.json":
+            told = json.loads(f.read_text())
+            found |= {str((f.parent / n).relative_to(folder)): told[n] for n in sorted(told)}
+        with f.open("rb") as h: found[str(f.relative_to(folder))] = {"bytes": f.stat().st_size, "sha256": hashlib.file_digest(h, "sha256").hexdigest()}
+    return found
 
 # %% ../nbs/02_runs.ipynb #3bc930ca
 @contextlib.contextmanager

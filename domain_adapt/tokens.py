@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'read_documents', 'held_out', 'IndexedWriter', 'encoder', 'write_corpus', 'split_documents', 'tokenize']
 
-# %% ../nbs/21_tokens.ipynb #a8d6cf53
+# %% ../nbs/21_tokens.ipynb #625437c3
 import contextlib, fnmatch, gzip, hashlib, json, struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +15,13 @@ import pandas as pd
 from .mixture import check_mixture, mixture
 from .models import get_model, load_tokenizer
 from .params import Params, UserError
-from .runs import progress, write_csv
+from .runs import progress, read_lines, write_csv
 
-# %% ../nbs/21_tokens.ipynb #e0e9c060
+# %% ../nbs/21_tokens.ipynb #6c3c9cfc
 def read_documents(folder: str | Path) -> Iterator[dict]:
     "Documents (text, id, metadata) of the `*.jsonl.gz` files in `folder`, in the order of the file names."
     for file in sorted(Path(folder).glob("*.jsonl.gz")):
-        with gzip.open(file) as lines:
-            for line in lines: yield json.loads(line)
+        yield from read_lines(file)
 
 # %% ../nbs/21_tokens.ipynb #478c7b69
 def held_out(documents: list[tuple[str, str]], rule: float | list[str], seed: int, corpus: str) -> set[str]:

@@ -216,6 +216,8 @@ def test_files_are_those_of_safetensors_itself(tmp_path, monkeypatch, dtype):
         loaded = AutoModelForCausalLM.from_pretrained(ours, dtype="auto").state_dict()
         assert all(torch.equal(loaded[t], w) for t, w in state.items())
         assert all(torch.equal(w, load_file(weight_files(ours, hf)[t])[t]) for t, w in state.items())
+        there = all_weights(tmp_path / "source", hf)    # of several files' parts here
+        assert all(torch.equal(w, there[n]) for n, w in all_weights(ours, hf).items())
     index = "model.safetensors.index.json"
     assert json.loads((ours / index).read_text()) == json.loads((theirs / index).read_text())
 
@@ -276,3 +278,98 @@ def test_a_damaged_checkpoint_leaves_nothing_and_a_missing_part_is_named(tmp_pat
     file.write_bytes(file.read_bytes()[:-2000])
     with pytest.raises(Exception): export_checkpoint(tmp_path / "step", tmp_path / "source", tmp_path / "out" / "export")
     assert not list((tmp_path / "out").iterdir())
+
+
+LAYOUTS = {    # family: processes are four
+    "qwen2_tied": dict(layout=dict(tp=2, pp=2)), "llama": dict(layout=dict(tp=4)), "mistral": dict(layout=dict(tp=2), distributed_optimizer=True),
+    "tied": dict(layout=dict(pp=2), distributed_optimizer=True), "wide_heads": dict(layout=dict(tp=2), precision="fp32")}
+THERE = '''
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoConfig
+from domain_adapt import megatron
+from domain_adapt.checkpoints import Checkpoints
+from domain_adapt.convert import local_weights
+from domain_adapt.params import Save, Train
+
+at = Path(sys.argv[1])
+for name, settings in json.loads(sys.argv[2]).items():
+    train = Train(processes=4, global_batch=4, micro_batch=1, **settings)
+    megatron.initialize(train.layout)
+    hf = AutoConfig.from_pretrained(at / name)
+    bf16 = train.precision != "fp32"
+    model = megatron.build_model(hf, megatron.transformer_config(hf, train, bf16))
+    ddp, optimizer = megatron.trainable(model, train, bf16)
+    megatron.set_weights(ddp, optimizer, local_weights(at / name, hf, model))
+    checkpoints = Checkpoints(at / name / "checkpoints", Save(), set())
+    checkpoints.save(ddp, optimizer, 1, {})
+    checkpoints.finish()
+    print(name, torch.distributed.get_rank(), sum(p.numel() for p in model.parameters()), flush=True)
+    megatron.parallel_state.destroy_model_parallel()
+torch.distributed.destroy_process_group()
+'''
+
+
+@pytest.mark.equality
+def test_trainers_checkpoints_of_every_layout_come_back_bit_for_bit(tmp_path):
+    "Sources in fp32, so that only masters, unrounded by bf16 training, can give them back."
+    sources = {name: write_model(tmp_path / name, TINY[name]) for name in LAYOUTS}
+    (tmp_path / "there.py").write_text(THERE)
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", tmp_path / "there.py", tmp_path,
+               json.dumps(LAYOUTS)]
+    env = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=str(ROOT))
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for name, state in sources.items():
+        export_checkpoint(tmp_path / name / "checkpoints" / "step_1", tmp_path / name, tmp_path / f"export_{name}")
+        back = load_file(tmp_path / f"export_{name}" / "model.safetensors")
+        assert back.keys() == state.keys() and all(torch.equal(back[t], state[t]) for t in state), name
+
+
+SIZE = {    # quick: 0.7 GB, the largest tensor 49 MB; whole: 3 GB, 98 MB in the source's bf16
+    "quick": (torch.float32, dict(vocab_size=12_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6)),
+    "whole": (torch.bfloat16, dict(vocab_size=24_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=7))}
+MEASURE = '''
+import sys, threading, time
+import domain_adapt.convert as convert, torch, transformers, torch.distributed.checkpoint.planner_helpers, huggingface_hub, safetensors.torch
+transformers.AutoConfig, transformers.LlamaConfig
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+source, checkpoint, folder = sys.argv[1:]
+hf = transformers.AutoConfig.from_pretrained(source)
+peak, done, before, started = [0], threading.Event(), resident(), time.perf_counter()
+def watch():
+    while not done.wait(0.002): peak[0] = max(peak[0], resident())
+threading.Thread(target=watch, daemon=True).start()
+if checkpoint == "-": assert sum(w.sum() for _, w in convert.weights(source, hf, {n: n for n in convert.made_of(hf)})) == 0
+else: convert.export_checkpoint(checkpoint, source, folder)
+done.set()
+print(peak[0] - before, time.perf_counter() - started)
+'''
+
+
+@pytest.mark.parametrize("size", ["quick", pytest.param("whole", marks=pytest.mark.slow)])
+def test_memory_is_that_of_the_largest_tensor(size):
+    "A checkpoint of bf16 weights and fp32 masters, each tensor in one chunk, from and to its HF folder; the promise is 4 times and 1 GB."
+    dtype, sizes = SIZE[size]
+    hf = LlamaConfig(**sizes, num_attention_heads=16, num_key_value_heads=4, dtype=dtype)
+    shapes, largest = {n: whole_shape(parts) for n, parts in made_of(hf).items()}, hf.vocab_size * hf.hidden_size * dtype.itemsize
+    with tempfile.TemporaryDirectory() as at:
+        source, step = Path(at) / "source", Path(at) / "step"
+        hf.save_pretrained(source)
+        places = lay_out(source, parts_of(hf), dtype)
+        last = max(places, key=lambda t: places[t][1])
+        put(torch.zeros(parts_of(hf)[last], dtype=dtype), places[last])    # the rest is zeros too: a hole in the file
+        low, high = ({n: torch.ones(1, dtype=d).expand(s) for n, s in shapes.items()} for d in (torch.bfloat16, torch.float32))
+        write_checkpoint(step, low | {MASTER + n: w for n, w in high.items()})
+        total = sum(f.stat().st_size for f in source.iterdir())
+        assert total > 8 * largest
+        for checkpoint in ("-", step):
+            command = [sys.executable, "-W", "ignore", "-c", MEASURE, source, checkpoint, Path(at) / "export"]
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, timeout=300)
+            assert done.returncode == 0, done.stderr
+            grown, seconds = map(float, done.stdout.split())
+            way = "HF to Megatron" if checkpoint == "-" else "Megatron to HF"
+            print(f"{way}: {grown / largest:.2f} times the largest tensor, {total / seconds / 1e6:.0f} MB/s")
+            assert largest < grown < 4 * largest, way
+        assert load_file(next((Path(at) / "export").glob("*.safetensors")))["model.norm.weight"].sum() == hf.hidden_size

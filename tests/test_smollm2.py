@@ -1,0 +1,125 @@
+"SmolLM2-135M on the quickstart's own tokens: under other layouts, killed, and on two nodes of a real Slurm."
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from domain_adapt.params import load_params
+from domain_adapt.runs import Run, read_lines
+from servers.slurm import has_slurm, slurm
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = "params/quickstart.yaml"
+SHORT = ["tokens.sequence_length=256", "train.steps=5", "train.global_batch=2", "train.micro_batch=1", "train.warmup=1", "train.precision=fp32",
+         "train.validation={every: 5, tokens: 512}", "train.save.every=1", "train.export_at=[1.0]"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path: return tmp_path_factory.mktemp("outputs")
+
+
+def command(home: Path, *more: str, stage: str = "train") -> tuple[list[str], dict]:
+    sets = [x for s in [*SHORT, *more] for x in ("--set", s)]
+    return [sys.executable, "-m", "domain_adapt.cli", stage, QUICK, *sets], os.environ | {"DOMAIN_ADAPT_OUTPUTS": str(home)}
+
+
+def folder(home: Path, *more: str) -> Path:
+    os.environ["DOMAIN_ADAPT_OUTPUTS"] = str(home)
+    try: return Run(load_params(ROOT / QUICK, (*SHORT, *more))).stage("train").folder
+    finally: del os.environ["DOMAIN_ADAPT_OUTPUTS"]
+
+
+def trained(home: Path, *more: str) -> Path:
+    words, env = command(home, *more)
+    done = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder(home, *more)
+
+
+def metrics(out: Path) -> pd.DataFrame: return pd.read_json(out / "metrics.jsonl", lines=True).set_index("step")
+def weights(out: Path) -> dict: return {k: v for f in (out / "hf" / "step_5").glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+@pytest.fixture(scope="module")
+def one(home) -> Path:
+    "One process."
+    return trained(home, "train.max_epochs=1.0")
+
+
+def apart(home: Path, seed: int) -> Path:
+    "Outputs of their own that have the same tokens."
+    import shutil
+    new = home.parent / f"{home.name}-{seed}"
+    (new / ".stages").mkdir(parents=True)
+    for f in (home / ".stages").glob("*"):
+        if f.name.startswith(("ingest-", "tokens-")): shutil.copytree(f, new / ".stages" / f.name)
+    return new
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("number, processes, layout, optimizer", [(1, 3, "tp: 3", "false"), (2, 2, "pp: 2", "false"), (3, 2, "", "true")])
+def test_losses_and_norms_are_those_of_one_process(home, one, number, processes, layout, optimizer):
+    out = trained(apart(home, number), f"train.processes={processes}", f"train.layout={{{layout}}}", f"train.distributed_optimizer={optimizer}")
+    for column in ("loss", "grad_norm", "heldout/sec", "heldout/news"):
+        assert list(metrics(out)[column].dropna()) == pytest.approx(list(metrics(one)[column].dropna()), rel=1e-5), column
+    a, b = weights(one), weights(out)
+    assert a.keys() == b.keys() and (out / "mixture.csv").read_bytes() == (one / "mixture.csv").read_bytes()
+
+
+def wait_for(out: Path, step: int, child: subprocess.Popen) -> None:
+    end = time.time() + 600
+    while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").read_text().count("\n") <= step:
+        assert time.time() < end and child.poll() is None, child.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.fault
+@pytest.mark.equality
+def test_killed_it_ends_with_the_same_bits(home, one):
+    new = apart(home, 4)
+    words, env = command(new)
+    child = subprocess.Popen(words, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(folder(new), 3, child)
+    for p in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]: p.kill()
+    child.wait()
+    out = trained(new)
+    a, b = weights(one), weights(out)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(e["what"] == "resumed" for e in read_lines(out / "events.jsonl"))
+
+
+@pytest.mark.fault
+@pytest.mark.server
+@pytest.mark.equality
+@pytest.mark.skipif(not has_slurm(), reason="needs Slurm (apt: slurm-wlm munge) and root")
+def test_on_two_nodes_a_killed_rank_requeues_the_job_and_the_bits_are_the_same(home, one, tmp_path):
+    "The oracle is an uninterrupted run on two processes here."
+    layout = ["train.processes=2", "train.distributed_optimizer=true"]
+    straight = trained(apart(home, 5), *layout)
+    new = apart(home, 6)
+    with slurm(tmp_path) as environment:
+        words, env = command(new, "train.launcher=slurm", "train.nodes=2", "train.processes=1", "train.distributed_optimizer=true",
+                             "train.job={gpus: false, partition: main, time: '0:20:00', setup: ['export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1']}")
+        child = subprocess.Popen(words, env=env | environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        out = folder(new)
+        wait_for(out, 2, child)
+        ranks = [p for p in psutil.process_iter(["cmdline"]) if f"work('{out}" in " ".join(p.info["cmdline"] or []) and "torch.distributed.run" not in p.info["cmdline"]]
+        assert len(ranks) == 2
+        ranks[-1].kill()
+        said = child.communicate(timeout=900)[0]
+        assert child.returncode == 0, said[-3000:]
+    log = (out / "log.txt").read_text()
+    assert "restart 1" in log and "torchrun" not in said
+    a, b = weights(straight), weights(out)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert metrics(out)["loss"].equals(metrics(straight)["loss"]) and json.loads((out / "info.json").read_text())["nodes"] == 2
