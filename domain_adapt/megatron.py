@@ -8,7 +8,7 @@ __all__ = ['FACTORIES', 'LONGEST_BLOCKED', 'ROWS', 'CHUNK', 'FAMILIES', 'cpu_tor
            'linear_cross_entropy', 'Llama', 'check_family', 'transformer_config', 'initialize', 'over_processes',
            'build_model', 'trainable', 'inner', 'set_weights', 'gather_weights', 'mean_loss', 'update']
 
-# %% ../nbs/31_megatron.ipynb #17643cb8
+# %% ../nbs/31_megatron.ipynb #1ef31ffd
 import functools, importlib.util, math, os, sys, types, warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -33,7 +33,8 @@ with warnings.catch_warnings():
     from megatron.core.transformer.enums import AttnBackend, AttnMaskType
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.module import Float16Module
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_block import (TransformerBlockSubmodules,
+                                                             get_num_layers_to_build)
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
@@ -204,7 +205,7 @@ class _GatherContext(torch.autograd.Function):
         dist.reduce_scatter_tensor(mine, slices.flatten(0, 1).contiguous(), group=ctx.group)
         return mine, None
 
-# %% ../nbs/31_megatron.ipynb #7070202e
+# %% ../nbs/31_megatron.ipynb #7ed2557a
 LONGEST_BLOCKED, ROWS = 1024, 128
 
 class CausalAttention(MegatronModule):
@@ -237,7 +238,8 @@ class CausalAttention(MegatronModule):
         plain = documents is None and start == 0
         seen = None if plain else visible(documents, start, len(key), key.device)[:, None]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=plain, scale=self.scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=plain, scale=self.scale,
+                                             enable_gqa=True)
         return out.permute(2, 0, 1, 3)
 
 # %% ../nbs/31_megatron.ipynb #4c0a5df0
@@ -258,7 +260,7 @@ class SwiGLU(MegatronModule):
     "The activation between fc1 and fc2, for megatron-core's MLP."
     def forward(self, x: torch.Tensor) -> torch.Tensor: return _SwiGLU.apply(x)
 
-# %% ../nbs/31_megatron.ipynb #d41b8dd8
+# %% ../nbs/31_megatron.ipynb #098e7124
 def transformer_engine() -> bool:
     "Whether TransformerEngine's layers are used: where it and CUDA are there."
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
@@ -274,7 +276,7 @@ def _local_layer() -> ModuleSpec:
         pre_mlp_layernorm=RMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add))
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    "The layers of this process's pipeline stage; where they are ours, with our final norm. Needs `initialize`."
+    "The layers of this process's pipeline stage; ours come with our final norm. Needs `initialize`."
     if not transformer_engine():
         return TransformerBlockSubmodules([_local_layer()] * get_num_layers_to_build(config), RMSNorm)
     layer = get_gpt_layer_with_transformer_engine_spec()
@@ -300,15 +302,17 @@ def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
         part[m == 0] = 0
     return total
 
-# %% ../nbs/31_megatron.ipynb #1a27f58b
-def _split_softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, group) -> torch.Tensor:
+# %% ../nbs/31_megatron.ipynb #4372d3e3
+def _split_softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor,
+                        group) -> torch.Tensor:
     "`_softmax_loss` where `logits` [n, vocab / tp] are of this process's part of the vocabulary."
     rows, first = _rows(logits), group.rank() * logits.shape[1]
     mine = (labels >= first) & (labels < first + logits.shape[1])
     at = (labels - first).where(mine, 0)
     highest = logits.amax(1).float()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-    sums = [(part.float() - h[:, None]).exp_().sum(1) for part, h in zip(logits.split(rows), highest.split(rows))]
+    sums = [(part.float() - h[:, None]).exp_().sum(1)
+            for part, h in zip(logits.split(rows), highest.split(rows))]
     both = torch.stack([torch.cat(sums), logits.gather(1, at[:, None])[:, 0].float().where(mine, 0)])
     dist.all_reduce(both, group=group)
     whole = highest + both[0].log()
@@ -366,7 +370,7 @@ class Llama(GPTModel):
         labels, mask = labels.t().flatten(), loss_mask.t().flatten()
         return linear_cross_entropy(hidden.flatten(0, 1), weight, labels, mask, tp)
 
-# %% ../nbs/31_megatron.ipynb #17474402
+# %% ../nbs/31_megatron.ipynb #55a0b148
 FAMILIES = ("llama", "mistral", "qwen2")
 
 def _window(hf) -> int | None:
@@ -379,7 +383,8 @@ def check_family(hf, sequence_length: int | None = None) -> None:
     rope = getattr(hf, "rope_parameters", None) or {}
     plain = rope.get("partial_rotary_factor", 1.0) == 1.0
     wrong = {
-        "model_type": hf.model_type not in FAMILIES, "hidden_act": getattr(hf, "hidden_act", "silu") != "silu",
+        "model_type": hf.model_type not in FAMILIES,
+        "hidden_act": getattr(hf, "hidden_act", "silu") != "silu",
         "attention_bias": getattr(hf, "attention_bias", False), "mlp_bias": getattr(hf, "mlp_bias", False),
         "rope_parameters": rope.get("rope_type", "default") not in ("default", "llama3") or not plain,
         "sliding_window": sequence_length is not None and (_window(hf) or math.inf) < sequence_length}
@@ -388,7 +393,7 @@ def check_family(hf, sequence_length: int | None = None) -> None:
     raise UserError(f"model: its config.json cannot be trained here: {said}; Llama 2 and 3, SmolLM, Mistral "
                     "and Qwen 2 and 2.5 can, on sequences no longer than a sliding window")
 
-# %% ../nbs/31_megatron.ipynb #e69a395e
+# %% ../nbs/31_megatron.ipynb #8cb1ca13
 def _parallel(train: Train, cuda: bool) -> dict:
     "What the layout and its ways of saving memory are called in megatron-core's configuration."
     layout = train.layout
@@ -396,7 +401,7 @@ def _parallel(train: Train, cuda: bool) -> dict:
     return dict(
         tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sp,
         pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
-        batch_p2p_comm=cuda, **recompute if train.recompute else {})
+        batch_p2p_comm=cuda, deallocate_pipeline_outputs=True, **recompute if train.recompute else {})
 
 def transformer_config(hf, train: Train = Train(), bf16: bool = False) -> TransformerConfig:
     "megatron-core's configuration for a transformers configuration, its layout and precision."
@@ -410,17 +415,18 @@ def transformer_config(hf, train: Train = Train(), bf16: bool = False) -> Transf
         kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         normalization="RMSNorm", layernorm_epsilon=hf.rms_norm_eps, gated_linear_unit=True,
         activation_func=F.silu, use_te_activation_func=not fused,    # the local spec's SwiGLU
-        add_bias_linear=False, add_qkv_bias=hf.model_type == "qwen2", hidden_dropout=0.0, attention_dropout=0.0,
-        attention_backend=AttnBackend.local if ours else AttnBackend.auto, bf16=bf16,
-        init_method=keep, output_layer_init_method=keep, params_dtype=torch.float32, pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
-        calculate_per_token_loss=True, use_cpu_initialization=not cuda, persist_layer_norm=fused,
-        masked_softmax_fusion=False, bias_dropout_fusion=fused, bias_activation_fusion=fused,
-        apply_rope_fusion=False, **_parallel(train, cuda))
+        add_bias_linear=False, add_qkv_bias=hf.model_type == "qwen2",
+        attention_backend=AttnBackend.local if ours else AttnBackend.auto,
+        hidden_dropout=0.0, attention_dropout=0.0,
+        init_method=keep, output_layer_init_method=keep, use_cpu_initialization=not cuda,
+        bf16=bf16, pipeline_dtype=torch.bfloat16 if bf16 else torch.float32, calculate_per_token_loss=True,
+        bias_dropout_fusion=fused, bias_activation_fusion=fused, apply_rope_fusion=False,
+        persist_layer_norm=False, masked_softmax_fusion=False, **_parallel(train, cuda))
 
-# %% ../nbs/31_megatron.ipynb #76d8d9e2
+# %% ../nbs/31_megatron.ipynb #4313617c
 def initialize(layout: Layout = Layout(), seed: int = 0) -> torch.device:
     "Join the process group and take a place in the layout; without CUDA, use the CPU. Gives the device."
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")    # lets communication overlap as mcore orders it
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")    # communication overlaps as ordered
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     torch.cuda.set_device(device) if cuda else use_cpu_backend()
@@ -456,23 +462,25 @@ def build_model(hf, config: TransformerConfig) -> Llama:
     if rope.get("rope_type") == "llama3": _scale_rope(model, rope)
     return model
 
-# %% ../nbs/31_megatron.ipynb #18945b8b
+# %% ../nbs/31_megatron.ipynb #2a3a56be
 def _optimizer(ddp: DistributedDataParallel, train: Train, bf16: bool) -> "MegatronOptimizer":
     "AdamW (0.9, 0.95) for the weights of `ddp`."
+    split = train.distributed_optimizer
     options = OptimizerConfig(
         optimizer="adam", lr=train.lr, min_lr=train.min_lr, weight_decay=train.weight_decay, adam_beta1=0.9,
         adam_beta2=0.95, adam_eps=1e-8, clip_grad=train.clip_grad, bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=train.distributed_optimizer, overlap_param_gather=train.distributed_optimizer)
+        use_distributed_optimizer=split, overlap_param_gather=split)
     optimizer = get_megatron_optimizer(options, [ddp], get_standard_config_overrides(options))
     for group in optimizer.param_groups:
         group["weight_decay"] = train.weight_decay * group["wd_mult"]
-        if "fused" in group: group |= {"fused": True, "foreach": False}    # torch's; TransformerEngine's is fused
+        if "fused" in group: group |= {"fused": True, "foreach": False}    # torch's AdamW
     return optimizer
 
 def trainable(model: Llama, train: Train, bf16: bool) -> tuple[DistributedDataParallel, "MegatronOptimizer"]:
     "`model` in its precision behind data parallelism, and AdamW (0.9, 0.95), both megatron-core's."
     config, split = model.config, train.distributed_optimizer
+    if torch.cuda.is_available(): model.cuda(torch.cuda.current_device())
     wrapped = Float16Module(config, model) if bf16 else model
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=split, overlap_grad_reduce=split,
@@ -485,7 +493,7 @@ def inner(model: torch.nn.Module) -> Llama:
     while hasattr(model, "module"): model = model.module
     return model
 
-# %% ../nbs/31_megatron.ipynb #837f3b1e
+# %% ../nbs/31_megatron.ipynb #b2164e31
 def _master(param: torch.nn.Parameter, optimizer) -> tuple[torch.Tensor | None, slice]:
     "The fp32 master of a weight that this process keeps, if any, and which of the flat weight it is."
     if not getattr(param, "main_param_sharded", False): return getattr(param, "main_param", None), slice(None)
@@ -495,7 +503,7 @@ def _master(param: torch.nn.Parameter, optimizer) -> tuple[torch.Tensor | None, 
 
 @torch.no_grad()
 def set_weights(ddp: DistributedDataParallel, optimizer, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    "Set each parameter of `inner(ddp)`, and its master, to what `weights` has for its name: this process's part."
+    "Set each parameter of `inner(ddp)`, and its master, to this process's part of it, which `weights` gives."
     left = dict(inner(ddp).named_parameters())
     for name, weight in weights:
         param = left.pop(name)
@@ -506,13 +514,13 @@ def set_weights(ddp: DistributedDataParallel, optimizer, weights: Iterable[tuple
     if left: raise ValueError(f"{len(left)} weights were not given, as {next(iter(left))}")
 
 def gather_weights(ddp: DistributedDataParallel) -> None:
-    """Have the weights of the last update in place. With the distributed optimizer they are gathered during the
-    next forward; call this before they are read in another way. Every process calls it."""
+    """Have the weights of the last update in place: the distributed optimizer gathers them in the next
+    forward. Call this on every process before they are read in another way."""
     if ddp.use_forward_hook: ddp.start_param_sync(force_sync=True)
 
-# %% ../nbs/31_megatron.ipynb #45662e38
+# %% ../nbs/31_megatron.ipynb #79540564
 def _through(ddp: DistributedDataParallel, batches: list[dict], learn: bool) -> tuple[float, float]:
-    "Forward, and backward to `learn`. Gives the summed loss and the counted tokens, where they are to be counted."
+    "Forward, and backward to `learn`. Gives summed loss and tokens, zero where another process counts them."
     def loss(mask, total): return total, mask.sum().int(), total.detach().clone()
     def forward(feed, model):
         b = next(feed)
@@ -523,7 +531,7 @@ def _through(ddp: DistributedDataParallel, batches: list[dict], learn: bool) -> 
         forward_step_func=forward, data_iterator=iter(batches), model=ddp, num_microbatches=len(batches),
         seq_length=length * ddp.config.context_parallel_size, micro_batch_size=rows, forward_only=not learn)
     counts = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    if not counts: return 0.0, 0.0    # another process has the same tokens
+    if not counts: return 0.0, 0.0
     return sum(t.item() for t in totals), sum(b["loss_mask"].sum().item() for b in batches)
 
 @torch.no_grad()
@@ -534,7 +542,7 @@ def mean_loss(ddp: DistributedDataParallel, batches: list[dict]) -> tuple[float,
     ddp.train()
     return tuple(both)
 
-# %% ../nbs/31_megatron.ipynb #e86f4393
+# %% ../nbs/31_megatron.ipynb #7a82d63a
 def _step(optimizer, norm: float) -> None:
     "Clip the gradients, whose norm is known, and take the step."
     for part in optimizer.chained_optimizers:
@@ -546,8 +554,8 @@ def update(ddp: DistributedDataParallel, optimizer, batches: list[dict], lr: flo
            accept: Callable[[float, float], bool] = lambda loss, norm: True) -> tuple[float, float, bool]:
     """Learn at rate `lr` from a global batch, of which this process has the micro-batches `batches`.
 
-    Gives the mean loss per counted token, the norm of the gradient (both the same on every process) and whether
-    the weights were changed: not where `accept(loss, norm)` is False or one of the two is not finite."""
+    Gives the mean loss per counted token and the norm of the gradient, the same on every process, and whether
+    the weights changed: not where `accept(loss, norm)` is False or one of the two is not finite."""
     ddp.zero_grad_buffer()
     optimizer.zero_grad()
     for group in optimizer.param_groups: group["lr"] = lr

@@ -22,7 +22,7 @@ LAYOUTS = {
     "tp2": dict(processes=2, layout=dict(tp=2)), "tp2_sp": dict(processes=2, layout=dict(tp=2, sp=True)),
     "pp2": dict(processes=2, layout=dict(pp=2)), "cp2": dict(processes=2, layout=dict(cp=2)), "dp2": dict(processes=2),
     "dp2_distributed": dict(processes=2, distributed_optimizer=True),
-    "tp2_dp2_sp": dict(processes=4, layout=dict(tp=2, sp=True)), "tp2_pp2": dict(processes=4, layout=dict(tp=2, pp=2)),
+    "tp4": dict(processes=4, layout=dict(tp=4)), "tp2_dp2_sp": dict(processes=4, layout=dict(tp=2, sp=True)), "tp2_pp2": dict(processes=4, layout=dict(tp=2, pp=2)),
     "pp2_dp2_distributed": dict(processes=4, distributed_optimizer=True, layout=dict(pp=2)),
     "tp2_cp2_sp_recompute": dict(processes=4, recompute=True, layout=dict(tp=2, cp=2, sp=True))}
 STEPS, SKIPPED = 5, 3
@@ -39,7 +39,7 @@ def case_of(name: str) -> tuple[str, bool, str, bool]:
 def params_of(name: str) -> Params:
     layout, _, end, _ = case_of(name)
     corpus = dict(source="general", path="x")
-    train = dict(steps=STEPS, warmup=1, global_batch=8, micro_batch=2, lr=1e-3, end_of_document=end, validation=dict(tokens=5 * 64))
+    train = dict(steps=STEPS, warmup=1, global_batch=8, micro_batch=2, lr=1e-4, end_of_document=end, validation=dict(tokens=5 * 64))
     return validate(dict(run="x", model="x", corpora=dict(sec=corpus | dict(kind="domain"), wiki=corpus | dict(kind="general")),
                          merge=dict(candidates=[dict(name="half", method="linear", weight=0.5)]),
                          tokens=dict(sequence_length=64), train=train | LAYOUTS[layout]))
@@ -61,7 +61,7 @@ def global_name(name: str, model) -> str:
 def drawn(name: str, shape: list[int]) -> torch.Tensor:
     "A random weight that depends on its name only; norms are near one."
     values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-    return 1 + 0.1 * values if len(shape) == 1 else 0.15 * values
+    return 1 + 0.1 * values if len(shape) == 1 else 0.05 * values
 
 
 def part(name: str, param, whole: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ def run(name: str, folder: Path) -> dict:
     out = dict(loss=[], norm=[], applied=[], heldout=[measure()])
     for step in range(1, STEPS + 2):    # the third is refused at first, then taken
         at = step - (step > SKIPPED)
-        loss, norm, applied = megatron.update(ddp, optimizer, batches.step_batches(data, at, params, device), 1e-3, lambda *_: step != SKIPPED)
+        loss, norm, applied = megatron.update(ddp, optimizer, batches.step_batches(data, at, params, device), 1e-4, lambda *_: step != SKIPPED)
         for key, value in dict(loss=loss, norm=norm, applied=applied).items(): out[key].append(value)
     out["heldout"].append(measure())
     moved = end_weights(ddp, optimizer)

@@ -9,30 +9,45 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 COMPARE = '''
-import json, sys, torch
+import json, sys, tempfile, torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
-from domain_adapt import convert, megatron, train
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from domain_adapt import convert, megatron
 from domain_adapt.params import Train
 
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 megatron.initialize()
-llama3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-kinds = dict(tied=dict(tie_word_embeddings=True), untied=dict(tie_word_embeddings=False, rope_parameters=llama3, max_position_embeddings=131072),
-             wide_heads=dict(tie_word_embeddings=True, head_dim=16, num_key_value_heads=4))
+rope = lambda **more: dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                           original_max_position_embeddings=8192) | more
+kinds = dict(
+    smollm=LlamaConfig(tie_word_embeddings=True), llama3=LlamaConfig(rope_parameters=rope(), max_position_embeddings=131072),
+    other_scaling=LlamaConfig(rope_parameters=rope(factor=4.0, low_freq_factor=2.0, high_freq_factor=8.0, original_max_position_embeddings=64)),
+    wide_heads=LlamaConfig(tie_word_embeddings=True, head_dim=16, num_key_value_heads=4), llama2=LlamaConfig(num_key_value_heads=4),
+    mistral=MistralConfig(sliding_window=None, head_dim=16), mistral_window=MistralConfig(sliding_window=200, head_dim=8),
+    qwen2=Qwen2Config(tie_word_embeddings=False, rope_theta=1e6), qwen2_tied=Qwen2Config(tie_word_embeddings=True))
 largest = lambda a, b: {k: (a[k] - b[k]).abs().max().item() for k in b}
 out = {}
-for kind, options in kinds.items():
+for kind, hf in kinds.items():
     torch.manual_seed(1)
-    hf = LlamaConfig(**{**dict(vocab_size=320, hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
-                               num_key_value_heads=2, initializer_range=0.3, attn_implementation="eager"), **options})
-    reference = LlamaForCausalLM(hf).train()
+    sizes = dict(vocab_size=320, hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.3)
+    if hf.num_key_value_heads != 4: sizes["num_key_value_heads"] = 2
+    if hf.model_type == "llama" and kind != "wide_heads" or hf.model_type == "qwen2": sizes["head_dim"] = 8
+    for key, value in sizes.items(): setattr(hf, key, value)
+    if hf.model_type == "qwen2": hf.layer_types = ["full_attention"] * 3
+    hf._attn_implementation = "eager"
+    reference = AutoModelForCausalLM.from_config(hf).train()
+    for name, p in reference.named_parameters():
+        if name.endswith("bias"): torch.nn.init.normal_(p, std=0.3)
     ids, labels = torch.randint(320, (4, 200)), torch.randint(320, (4, 200))
     settings = Train(lr=1e-3, weight_decay=0.1, clip_grad=1.0)
-    model = megatron.build_model(hf, megatron.transformer_config(hf))
-    model.load_state_dict(convert.to_megatron(reference.state_dict(), hf))
-    with torch.no_grad(): logits = dict(ours=model(ids, None, None), theirs=reference(ids).logits)
+    megatron.check_family(hf, 200)
+    model = megatron.build_model(hf, megatron.transformer_config(hf, settings))
     ddp, optimizer = megatron.trainable(model, settings, bf16=False)
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        megatron.set_weights(ddp, optimizer, convert.local_weights(folder, hf, model))
+    to_hf = lambda state: {t: x for n, parts in convert.made_of(hf).items() for t, x in convert.apart(state[n], parts, hf).items()}
+    with torch.no_grad(): logits = dict(ours=model(ids, None, None), theirs=reference(ids).logits)
 
     def their_loss(): return F.cross_entropy(reference(ids).logits.flatten(0, 1), labels.flatten())
     ddp.zero_grad_buffer()
@@ -40,7 +55,7 @@ for kind, options in kinds.items():
     ours.backward()
     theirs = their_loss()
     theirs.backward()
-    gradients = convert.to_hf({n: p.main_grad.clone() for n, p in model.named_parameters()}, hf)
+    gradients = to_hf({n: p.main_grad.clone() for n, p in model.named_parameters()})
     expected = {n: p.grad.clone() for n, p in reference.named_parameters()}
 
     decay = [[p for p in reference.parameters() if (p.dim() > 1) == many] for many in (True, False)]
@@ -48,14 +63,14 @@ for kind, options in kinds.items():
     curve, their_curve = [], []
     batches = [dict(tokens=i, labels=l, loss_mask=torch.ones(2, 200)) for i, l in zip(ids.split(2), labels.split(2))]
     for step in range(6):
-        curve.append(train.update(ddp, optimizer, batches, 1e-3 * (step + 1)))
+        curve.append(megatron.update(ddp, optimizer, batches, 1e-3 * (step + 1)))
         for group in adam.param_groups: group["lr"] = 1e-3 * (step + 1)
         adam.zero_grad()
         loss = their_loss(); loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         adam.step()
         their_curve.append((loss.item(), norm.item()))
-    moved = convert.to_hf(train.masters(ddp), hf)
+    moved = to_hf({n: p.detach() for n, p in model.named_parameters()})
     out[kind] = dict(logits=(logits["ours"] - logits["theirs"]).abs().max().item(), highest=logits["theirs"].abs().max().item(),
                      loss=(ours.item(), theirs.item()), gradients=largest(gradients, expected), gradient=max(g.abs().max().item() for g in expected.values()),
                      curve=curve, their_curve=their_curve, weights=largest(moved, {k: v for k, v in reference.state_dict().items() if k in moved}))
@@ -74,7 +89,7 @@ def compared() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-KINDS = pytest.mark.parametrize("kind", ["tied", "untied", "wide_heads"])
+KINDS = pytest.mark.parametrize("kind", ["smollm", "llama3", "other_scaling", "wide_heads", "llama2", "mistral", "mistral_window", "qwen2", "qwen2_tied"])
 
 
 @pytest.mark.oracle
@@ -100,8 +115,8 @@ def test_updates_are_those_of_adamw_with_clipping(compared, kind):
     "Two micro-batches here, one batch there; norms without weight decay."
     ours, theirs = compared[kind]["curve"], compared[kind]["their_curve"]
     assert theirs[-1][0] < theirs[0][0] - 0.05 and theirs[0][1] > 1.0
-    for (loss, norm), (their_loss, their_norm) in zip(ours, theirs):
-        assert loss == pytest.approx(their_loss, rel=2e-5) and norm == pytest.approx(their_norm, rel=2e-4)
+    for (loss, norm, applied), (their_loss, their_norm) in zip(ours, theirs):
+        assert applied and loss == pytest.approx(their_loss, rel=2e-5) and norm == pytest.approx(their_norm, rel=2e-4)
     assert max(compared[kind]["weights"].values()) < 2e-4
 
 
@@ -157,4 +172,58 @@ def test_cpu_backend_reaches_only_megatron_core():
     import torch
     if torch.cuda.is_available(): pytest.skip("this machine has CUDA, where the CPU backend is not used")
     done = run(BACKEND)
+    assert done.returncode == 0, done.stderr
+
+
+REFUSED = '''
+import torch
+from transformers import LlamaConfig
+from domain_adapt import megatron
+from domain_adapt.params import Train
+
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+megatron.initialize()
+hf = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+ids = torch.randint(96, (2, 17))
+batch = dict(tokens=ids[:, :-1], labels=ids[:, 1:], loss_mask=torch.ones(2, 16))
+
+def state(ddp, optimizer):
+    megatron.gather_weights(ddp)
+    moments = [v for s in optimizer.chained_optimizers[0].optimizer.state.values() for v in s.values()]
+    return [x.clone() for x in (*ddp.parameters(), *optimizer.chained_optimizers[0].get_parameters(), *moments)]
+
+for bf16 in (False, True):
+    for split in (False, True):
+        train = Train(distributed_optimizer=split)
+        model = megatron.build_model(hf, megatron.transformer_config(hf, train, bf16))
+        weights = {n: 0.1 * torch.randn(p.shape) for n, p in model.named_parameters()}
+        ddp, optimizer = megatron.trainable(model, train, bf16)
+        try: megatron.set_weights(ddp, optimizer, list(weights.items())[1:])
+        except ValueError as e: assert "1 weights were not given, as embedding" in str(e)
+        else: raise SystemExit("a missing weight was not noticed")
+        megatron.set_weights(ddp, optimizer, weights.items())
+        for name, p in model.named_parameters():
+            assert torch.equal(p, weights[name].to(p.dtype))
+            if bf16: assert torch.equal(p.main_param.flatten(), weights[name].flatten()), name    # not rounded
+        assert megatron.update(ddp, optimizer, [batch], 1e-2)[2]
+        before, asked = state(ddp, optimizer), []
+        loss, norm, applied = megatron.update(ddp, optimizer, [batch], 1e-2, lambda *x: asked.append(x))
+        assert asked == [(loss, norm)] and not applied and norm > 0.01
+        spoilt = next(p for n, p in model.named_parameters() if n.endswith("final_layernorm.weight"))
+        spoilt.data[0] = float("nan")
+        loss, norm, applied = megatron.update(ddp, optimizer, [batch], 1e-2, lambda *_: True)
+        assert loss != loss and not applied
+        spoilt.data.copy_(before[[n for n, _ in model.named_parameters()].index("decoder.final_layernorm.weight")])
+        after = state(ddp, optimizer)
+        assert len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after)), (bf16, split)
+        again = megatron.update(ddp, optimizer, [batch], 1e-2)
+        assert again[:2] == asked[0] and again[2] and not all(torch.equal(a, b) for a, b in zip(before, state(ddp, optimizer)))
+        masked = dict(batch, loss_mask=torch.zeros(2, 16))
+        assert megatron.update(ddp, optimizer, [masked], 1e-2)[:2] == (0.0, 0.0) and megatron.mean_loss(ddp, [masked, batch])[1] == 32
+'''
+
+
+@pytest.mark.fault
+def test_a_refused_update_changes_nothing():
+    done = run(REFUSED)
     assert done.returncode == 0, done.stderr
