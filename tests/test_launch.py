@@ -376,7 +376,7 @@ def test_what_slurm_refuses_is_told(cluster, tmp_path, monkeypatch):
 
 # ---- the trainer itself
 
-REAL = ("train.steps=200", "train.warmup=2", "train.precision=fp32", "train.global_batch=4", "train.micro_batch=2", "train.lr=0.003",
+REAL = ("train.steps=200", "train.max_epochs=100", "train.warmup=2", "train.precision=fp32", "train.global_batch=4", "train.micro_batch=2", "train.lr=0.003",
         "train.export_at=[1.0]", "train.save.every=20", "train.validation.every=200", "train.validation.tokens=300")
 ON_NODES = ("train.launcher=slurm", "train.nodes=2", "train.job.gpus=false", "train.job.time='10'",
             "train.job.setup=[export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1]")
@@ -438,7 +438,7 @@ def test_stopped_here_it_ends_with_the_same_model(tiny_llama, tokens, uninterrup
 
 @pytest.mark.fault
 def test_the_command_line_ends_with_75_when_training_was_stopped(cli, tmp_path):
-    words, env = ("train", "params/tiny.yaml", "--set", "train.steps=2000"), {"DOMAIN_ADAPT_OUTPUTS": str(tmp_path)}
+    words, env = ("train", "params/tiny.yaml", "--set", "train.steps=2000", "--set", "train.max_epochs=1000"), {"DOMAIN_ADAPT_OUTPUTS": str(tmp_path)}
     child = subprocess.Popen([sys.executable, "-m", "domain_adapt.cli", *words], cwd=ROOT, env=os.environ | env, text=True, stderr=subprocess.PIPE)
     out = tmp_path / "tiny" / "3_train"
     wait(lambda: launch.step_done(out) >= 5, 400)
