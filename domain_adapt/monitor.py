@@ -64,7 +64,7 @@ def memory_bytes() -> int:
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if platform.system() == "Linux" else 1)
 
-# %% ../nbs/33_monitor.ipynb #16850449
+# %% ../nbs/33_monitor.ipynb #7eabf80b
 GAUGES = dict(
     step="updates done", tokens="tokens learnt from", loss="mean training loss of a token",
     lr="learning rate", grad_norm="norm of the gradient", tokens_per_second="tokens a second, all processes",
@@ -73,8 +73,8 @@ GAUGES = dict(
 ACTIONS = ("skipped", "rolled back", "not used", "goes on")
 
 class Endpoint:
-    "Serves the last values at `port` on all addresses, under the name `domain_adapt_<name>{run=...}`."
-    def __init__(self, port: int, run: str):
+    "Serves the last values at `address` and `port`, under the name `domain_adapt_<name>{run=...}`."
+    def __init__(self, port: int, run: str, address: str = "127.0.0.1"):
         from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
         registry, self.run = CollectorRegistry(), run
         def gauge(name, text, *labels):
@@ -84,7 +84,7 @@ class Endpoint:
         self.events = Counter("domain_adapt_events", "skips, roll-backs, refused checkpoints, restarts",
                               ("run", "action"), registry=registry)
         for action in ACTIONS: self.events.labels(run, action)    # Prometheus sees no increase from nothing to 1
-        self.server, self.thread = start_http_server(port, "0.0.0.0", registry)
+        self.server, self.thread = start_http_server(port, address, registry)
 
     def set(self, line: dict) -> None:
         "Show a line of metrics."
@@ -113,7 +113,7 @@ def append(file: Path, line: dict) -> None:
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/33_monitor.ipynb #9ce4c0ee
+# %% ../nbs/33_monitor.ipynb #13c4f98b
 class Monitor:
     """Writes metrics.jsonl, events.jsonl and tensorboard/ below `out`, and serves `train.metrics_port` where
     there is one. `hf` is the model's config.json, `precision` bf16 or fp32."""
@@ -128,7 +128,7 @@ class Monitor:
                               flops_per_token(shape, params.tokens.sequence_length))
         for name in ("metrics", "events"): cut_half_line(out / f"{name}.jsonl")
         if t.metrics_port:
-            try: self.endpoint = Endpoint(t.metrics_port, params.run)
+            try: self.endpoint = Endpoint(t.metrics_port, params.run, "127.0.0.1" if t.launcher == "local" else "0.0.0.0")
             except OSError as e:
                 self.event(0, f"metrics_port {t.metrics_port}: {e.strerror}", None, "not served")
 

@@ -154,7 +154,7 @@ def test_prometheus_reads_the_page(tmp_path):
 @pytest.mark.fault
 def test_a_port_that_is_taken_ends_nothing_and_is_written_down(tmp_path):
     with socket.socket() as taken:
-        taken.bind(("0.0.0.0", 0))
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         made = monitor(tmp_path, f"train.metrics_port={port}")
