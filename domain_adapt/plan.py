@@ -303,7 +303,7 @@ def _notes(train: Train, total: float) -> list[str]:
         found.append(f"tp {train.layout.tp} reaches over nodes of {train.processes}, which is slow")
     return found
 
-# %% ../nbs/34_plan.ipynb #b28b21fa
+# %% ../nbs/34_plan.ipynb #698819bf
 def _layout_plan(shape: Shape, train: Train, length: int, bf16: bool) -> dict:
     "Memory of every pipeline stage of this layout, and what is to be said of it."
     stage, parts = fullest(shape, train, length, bf16)
@@ -322,7 +322,8 @@ def plan(params: Params) -> dict:
     wrong = problems(params, config)
     found = dict(run=params.run, model=params.model, problems=wrong)
     if _unsupported(config): return found
-    shape, bf16 = shape_of(config), train.precision != "fp32"
+    try: shape, bf16 = shape_of(config), train.precision != "fp32"
+    except KeyError: return found    # `problems` names what is missing
     found |= dict(parameters=parameters(shape))
     if train.checkpoint: return found | dict(notes=[f"nothing is trained: {train.checkpoint} is taken"])
     return found | dict(

@@ -244,6 +244,9 @@ def test_a_configuration_needs_no_network(model, tmp_path, monkeypatch):
     monkeypatch.setenv("DOMAIN_ADAPT_CACHE", str(tmp_path / "empty"))
     assert configuration("smollm2-135m-instruct")["num_hidden_layers"] == 30    # published: it is not unpacked
     assert configuration(str(model))["num_hidden_layers"] == 2
+    (model / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 2, "hidden_size": 4}')
+    odd = plan(run_of("quickstart", f"model={model}"))
+    assert "has no num_hidden_layers" in odd["problems"][0] and "cost" not in odd
     (model / "config.json").write_text("not json")
     with pytest.raises(UserError, match="is not a JSON object"): configuration(str(model))
     assert configuration("owner/unheard-of") is None
