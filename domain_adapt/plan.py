@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'ROWS', 'LONGEST_BLOCKED', 'CHUNK', 'GPU_OVERHEAD', 'FULL', 'UNITS', 'published', 'model_folder',
            'configuration', 'problems', 'tokenizer_problems', 'rank_parameters', 'kept_by_layer', 'micro_batches_of',
-           'memory', 'fullest', 'step_time', 'layout_of', 'layouts', 'saves', 'exported_width', 'storage', 'cost',
-           'plan', 'show', 'disk_problems', 'token_problems', 'problems_here']
+           'memory', 'fullest', 'step_time', 'layout_of', 'layouts', 'saved_steps', 'saves', 'exported_width',
+           'storage', 'cost', 'plan', 'show', 'disk_problems', 'token_problems', 'problems_here']
 
 # %% ../nbs/34_plan.ipynb #8fa5b63c
 import functools, itertools, json, math, re, shutil
@@ -47,7 +47,7 @@ def _read(file: Path) -> dict:
     try: return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e: raise UserError(f"{file}: is not a JSON object: {e}") from None
 
-# %% ../nbs/34_plan.ipynb #784bf8d7
+# %% ../nbs/34_plan.ipynb #fcc7358b
 def _indivisible(what: str, number: int, by: str, divisor: int) -> list[str]:
     "The sum that leaves a remainder, if it does."
     left = number % divisor
@@ -64,7 +64,10 @@ def _batch_problems(train: Train, length: int) -> list[str]:
     found = _indivisible("train.global_batch:", train.global_batch,
                          f"train.micro_batch {train.micro_batch} x data parallel {train.data_parallel} =",
                          train.micro_batch * train.data_parallel)
-    sequence = "tokens.sequence_length"
+    sequence, asked = "tokens.sequence_length", train.steps * train.global_batch * length
+    if max(train.export_at) > max(1, asked):
+        found.append(f"train.export_at: {max(train.export_at):.0f} tokens are more than train.steps "
+                     f"{train.steps} x train.global_batch {train.global_batch} x {sequence} {length} = {asked}")
     if l.cp > 1: found += _indivisible(f"train.layout.cp: {sequence}", length, f"2 x cp {l.cp} =", 2 * l.cp)
     if l.sp and length % l.cp == 0:
         part = f"train.layout.sp: {sequence} {length} / cp {l.cp} ="
@@ -238,22 +241,27 @@ def layouts(shape: Shape, train: Train, length: int, bf16: bool = True) -> list[
         if need <= FULL * t.gpu.memory_gb: found.append(layout_of(t) | dict(memory_gb=need))
     return sorted(found, key=lambda f: (round(f["step_time"], 6), -f["micro_batch"], f["memory_gb"]))
 
-# %% ../nbs/34_plan.ipynb #ecf20c97
-def saves(train: Train) -> tuple[int, int]:
+# %% ../nbs/34_plan.ipynb #e20cc7d8
+def saved_steps(train: Train, length: int) -> tuple[set[int], set[int]]:
+    "Steps after which a checkpoint is saved, and those whose checkpoint stays (exported, keep_every)."
+    batch, every, stays = train.global_batch * length, train.save.every, train.save.keep_every
+    exported = {max(1, round(at * train.steps if at <= 1 else at / batch)) for at in train.export_at}
+    saved = exported | set(range(every, train.steps + 1, every) if every else ())
+    return saved, exported | {s for s in saved if stays and s % stays == 0}
+
+def saves(train: Train, length: int) -> tuple[int, int]:
     "Checkpoints that a whole run writes, and the most on disk at once, the one being written included."
-    written = math.ceil(train.steps / train.save.every) if train.save.every else 0
-    written += len(train.export_at) - (1 if train.save.every else 0)    # the end is both
-    marked = train.steps // train.save.keep_every if train.save.keep_every else 0
-    return written, min(written, train.save.keep + marked + 1)
+    saved, stay = saved_steps(train, length)
+    return len(saved), min(len(saved), train.save.keep + len(stay - {train.steps}) + 1)
 
 def exported_width(config: Mapping) -> int:
     "Bytes of a number in the model's weights, as its config.json says; of a published model 2."
     return {"float32": 4, "float64": 8}.get(config.get("dtype") or config.get("torch_dtype"), 2)
 
-def storage(shape: Shape, train: Train, width: int = 2) -> dict[str, float]:
+def storage(shape: Shape, train: Train, length: int, width: int = 2) -> dict[str, float]:
     """Bytes: one checkpoint, how many are on disk at most, exports, together; `width` is the bytes of a
     number in the original model, which the exports have too."""
-    n, (written, most), exports = parameters(shape)["total"], saves(train), len(train.export_at)
+    n, (written, most), exports = parameters(shape)["total"], saves(train, length), len(train.export_at)
     checkpoint, export = n * (12 if train.precision == "fp32" else 14), n * width
     return dict(checkpoint=checkpoint, written=written, at_once=most, export=export, exports=exports,
                 total=checkpoint * most + export * exports)
@@ -268,7 +276,7 @@ def cost(shape: Shape, train: Train, length: int) -> dict[str, float]:
                 tokens_per_second=speed * train.world, tokens_per_second_and_gpu=speed,
                 days=hours / train.world / 24, gpu_hours=hours, dollars=hours * gpu.dollars_per_hour)
 
-# %% ../nbs/34_plan.ipynb #ca8fd7a5
+# %% ../nbs/34_plan.ipynb #66753cef
 def _assumptions(train: Train) -> list[str]:
     g = train.gpu
     return [
@@ -283,7 +291,7 @@ def _assumptions(train: Train) -> list[str]:
         "step time: bubble (pp-1)/micro-batches, recomputing 4/3; 5 % for each doubling of tp, 3 % of cp "
         "(ours)",
         "storage: 14 bytes a parameter and checkpoint in bf16, 12 in fp32; the newest keep, each "
-        "keep_every-th, one being written, and the exports"]
+        "keep_every-th, those exported, one being written, and the exports"]
 
 def _notes(train: Train, total: float) -> list[str]:
     "What the reader should know of this layout."
@@ -295,7 +303,7 @@ def _notes(train: Train, total: float) -> list[str]:
         found.append(f"tp {train.layout.tp} reaches over nodes of {train.processes}, which is slow")
     return found
 
-# %% ../nbs/34_plan.ipynb #6a242920
+# %% ../nbs/34_plan.ipynb #698819bf
 def _layout_plan(shape: Shape, train: Train, length: int, bf16: bool) -> dict:
     "Memory of every pipeline stage of this layout, and what is to be said of it."
     stage, parts = fullest(shape, train, length, bf16)
@@ -314,13 +322,14 @@ def plan(params: Params) -> dict:
     wrong = problems(params, config)
     found = dict(run=params.run, model=params.model, problems=wrong)
     if _unsupported(config): return found
-    shape, bf16 = shape_of(config), train.precision != "fp32"
+    try: shape, bf16 = shape_of(config), train.precision != "fp32"
+    except KeyError: return found    # `problems` names what is missing
     found |= dict(parameters=parameters(shape))
     if train.checkpoint: return found | dict(notes=[f"nothing is trained: {train.checkpoint} is taken"])
     return found | dict(
         cluster=dict(nodes=train.nodes, gpus=train.world, gpu=train.gpu.model_dump()),
         precision="bf16" if bf16 else "fp32", cost=cost(shape, train, length),
-        storage=storage(shape, train, exported_width(config)),
+        storage=storage(shape, train, length, exported_width(config)),
         layouts=layouts(shape, train, length, bf16)[:8], assumptions=_assumptions(train),
         **({} if wrong else _layout_plan(shape, train, length, bf16)))
 
@@ -393,13 +402,14 @@ def show(found: dict, console) -> None:
     for note in found.get("notes", ()): said(f"note: {note}")
     for line in found.get("assumptions", ()): said(f"assumed: {line}")
 
-# %% ../nbs/34_plan.ipynb #27d47fa0
+# %% ../nbs/34_plan.ipynb #bd361f26
 def disk_problems(params: Params, config: Mapping, folder: Path) -> list[str]:
     "Whether checkpoints and exports fit on the disk of `folder`, where training may have left some already."
     files = (f for sub in ("checkpoints", "hf") for f in (folder / sub).rglob("*") if f.is_file())
     at = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(at).free + sum(f.stat().st_size for f in files)
-    need = storage(shape_of(config), params.train, exported_width(config))
+    length = params.tokens.sequence_length
+    need = storage(shape_of(config), params.train, length, exported_width(config))
     if need["total"] <= free: return []
     return [f"train.save: {need['at_once']} checkpoints x {_size(need['checkpoint'])} + {need['exports']} "
             f"exports x {_size(need['export'])} = {_size(need['total'])} are more than the {_size(free)} "
