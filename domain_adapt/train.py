@@ -193,7 +193,7 @@ def resume(run: Training) -> int:
     if step: run.note([goes_on])
     return step
 
-# %% ../nbs/33_train.ipynb #a35d4b01
+# %% ../nbs/33_train.ipynb #b2264332
 def due(run: Training, step: int) -> tuple[bool, bool]:
     "Whether after `step` the held-out loss is measured, and whether a checkpoint is saved."
     t, every = run.t, run.t.save.every
@@ -221,7 +221,7 @@ def walk(run: Training, step: int, asked: Asked) -> int:
             with run.clock("saving"): save(run, saved := step)
         run.note(run.checkpoints.poll())
     if step > saved: save(run, step)
-    run.note(run.checkpoints.finish())
+    run.note(run.checkpoints.finish(copies=step == run.t.steps))
     return step
 
 # %% ../nbs/33_train.ipynb #0f9649c6
