@@ -152,14 +152,16 @@ class Table:
 
     def __repr__(self) -> str: return shown(self.frame).to_string(index=False) if len(self.frame) else self.empty
 
-# %% ../nbs/60_figures.ipynb #c494c489
+# %% ../nbs/60_figures.ipynb #1affe6c1
 def facts(record: dict) -> pd.Series:
     "The values of a JSON object by name, for `Table`; an object inside becomes one line, or a row for each value."
     rows = {}
     for name, value in record.items():
-        name, inside = name.replace("_", " "), value if isinstance(value, dict) else {}
+        name = name.replace("_", " ")
+        inside = value if isinstance(value, dict) else {}
         line = " · ".join(f"{k} {number(v)}" for k, v in inside.items())
-        rows |= {f"{name}: {k}": v for k, v in inside.items()} if len(line) > 110 else {name: line or value}
+        if len(line) > 110: rows |= {f"{name}: {k}": v for k, v in inside.items()}
+        else: rows[name] = line if isinstance(value, dict) else value
     return pd.Series(rows, dtype=object)
 
 # %% ../nbs/60_figures.ipynb #2c1f0ef8
