@@ -77,7 +77,7 @@ def test_the_loss_joins_what_was_learnt_from_and_crosses_the_rest():
     assert [x for x, _ in points(top, "x")] == list(refused["tokens"])
     assert top.get_ylim()[1] < 4                                      # the refused loss of 4.1 moves nothing
     rates = METRICS.dropna(subset=["lr"])
-    np.testing.assert_allclose(low.lines[0].get_xydata(), np.c_[rates["tokens"], rates["lr"] * 1e4])
+    np.testing.assert_allclose(low.lines[0].get_xydata()[1:], np.c_[rates["tokens"], rates["lr"] * 1e4])
 
 
 def test_gradients_cross_a_spike_at_its_value_and_take_a_log_axis_for_it():
@@ -94,7 +94,17 @@ def test_pace_shows_what_the_table_holds():
     t = METRICS.dropna(subset=["mfu"])
     for line, column, scale in ((speed.lines[0], "tokens_per_second", 1), (used.lines[0], "mfu", 100),
                                 (used.lines[1], "mfu_with_attention", 100), (memory.lines[0], "memory_bytes", 1e-9)):
-        np.testing.assert_allclose(line.get_xydata(), np.c_[t["step"], t[column] * scale])
+        drawn = line.get_xydata()
+        np.testing.assert_allclose(drawn[~np.isnan(drawn[:, 1])], np.c_[t["step"], t[column] * scale])
+
+
+def test_of_many_batches_the_strong_line_is_a_running_median():
+    n = np.arange(1, 1001)
+    t = pd.DataFrame(dict(step=n, tokens=n * 8, loss=3 - n / 1000 + (n % 100 == 0) * 5, lr=1e-5 * n, learnt=True))
+    pale, strong = figures.loss(t).axes[0].lines
+    assert list(pale.get_ydata()) == list(t["loss"]) and pale.get_alpha() < .5
+    assert (np.abs(strong.get_ydata() - (3 - n / 1000)) < .011).all()
+    assert np.array_equal(figures.loss(t).axes[1].lines[0].get_ydata(), t["lr"] * 1e4)
 
 
 def known(value): return st.none() | value
