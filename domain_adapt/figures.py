@@ -298,7 +298,7 @@ def lengths(table: pd.DataFrame, width: float = 7.4) -> Figure:
         _axis(ax, x="characters", y="documents", title=name, only="y")
     return fig
 
-# %% ../nbs/60_figures.ipynb #6a4bc618
+# %% ../nbs/60_figures.ipynb #07f8e50a
 MEASURED = ["loss", "lr", "grad_norm", "learnt", "tokens_per_second", "mfu", "mfu_with_attention", "memory_bytes"]
 ROUND = [1, 2, 2.5, 5, 10]    # ticks at their multiples
 MANY = 500                    # with more steps, each is pale and their running median strong
@@ -306,7 +306,7 @@ MANY = 500                    # with more steps, each is pale and their running 
 def _whole(metrics: pd.DataFrame) -> pd.DataFrame:
     "Lines of metrics with all of `MEASURED`, and whether each step was `skipped`: not learnt from."
     whole = metrics.reindex(columns=metrics.columns.union(MEASURED, sort=False))
-    return whole.assign(skipped=whole["learnt"].eq(False))
+    return whole.astype({c: float for c in MEASURED if c != "learnt"}).assign(skipped=whole["learnt"].eq(False))
 
 def _line(ax, t: pd.DataFrame, x: str, y: str, **look) -> pd.DataFrame:
     "Column `y` over `x` where there is one, a single point as a dot. Gives what the strong line shows."

@@ -101,7 +101,7 @@ def test_pace_shows_what_the_table_holds():
 def test_of_many_batches_the_strong_line_is_a_running_median():
     n = np.arange(1, 1001)
     t = pd.DataFrame(dict(step=n, tokens=n * 8, loss=3 - n / 1000 + (n % 100 == 0) * 5, lr=1e-5 * n, learnt=True))
-    pale, strong = figures.loss(t).axes[0].lines
+    pale, strong = figures.loss(t).axes[0].lines[:2]
     assert list(pale.get_ydata()) == list(t["loss"]) and pale.get_alpha() < .5
     assert (np.abs(strong.get_ydata() - (3 - n / 1000)) < .011).all()
     assert np.array_equal(figures.loss(t).axes[1].lines[0].get_ydata(), t["lr"] * 1e4)
@@ -117,7 +117,7 @@ def test_a_training_with_gaps_can_be_drawn(steps, draw, width):
     "From the first line on, whatever is missing: this is what the live figure meets."
     lines = [{"step": 0, "tokens": 0, "heldout/sec": 3.}]
     for n, (loss, norm, learnt) in enumerate(steps, 1):
-        row = dict(step=n, tokens=8 * n, loss=loss, grad_norm=norm, learnt=learnt, mfu=norm)
+        row = dict(step=n, tokens=8 * n, loss=loss, grad_norm=norm, learnt=learnt, mfu=norm, lr=loss, memory_bytes=norm)
         lines.append({k: v for k, v in row.items() if v is not None or n % 2})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
