@@ -1,12 +1,16 @@
-"The loss figure below a running cell: one display that is updated, only where somebody watches, gone with its block."
+"The loss figure below a running cell: one display that is updated, only where somebody watches."
 import json
 import os
 import textwrap
+import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from jupyter_client.manager import start_new_kernel
 
 import made_run
+from domain_adapt.figures import live
 from domain_adapt.runs import ROOT, notebook_path
 
 SETUP = """
@@ -40,7 +44,7 @@ figures.live = functools.partial(figures.live, every=.2)
 def kernel(tmp_path_factory):
     "A function that runs code in a real kernel and gives the reply and the displays: (kind, id, data)."
     folder = tmp_path_factory.mktemp("live")
-    made_run._train(folder, made_run.np.random.default_rng(0))
+    made_run._train(folder, np.random.default_rng(0))
     (folder / "metrics.jsonl").rename(folder / "lines")
     env = {k: v for k, v in os.environ.items() if k != "DOMAIN_ADAPT_PROGRESS"}
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT), env=env)
@@ -86,7 +90,8 @@ def test_a_failure_ends_the_drawing_and_is_seen(kernel):
     assert reply["status"] == "ok" and not shown
 
 
-@pytest.mark.parametrize("reason", ["import os; os.environ['DOMAIN_ADAPT_PROGRESS'] = '/dev/null'", "stage.complete = True"])
+@pytest.mark.parametrize("reason", ["import os; os.environ['DOMAIN_ADAPT_PROGRESS'] = '/dev/null'",
+                                    "stage.complete = True"])
 def test_nothing_is_drawn_where_nobody_watches_or_nothing_is_left_to_do(kernel, reason):
     reply, shown = kernel(reason + "\n" + work_cell())
     undone, _ = kernel("import os; os.environ.pop('DOMAIN_ADAPT_PROGRESS', None); stage.complete = False")
@@ -104,8 +109,6 @@ def test_a_figure_that_cannot_be_drawn_does_not_stop_training(kernel):
 
 
 def test_outside_a_kernel_nothing_is_drawn(tmp_path):
-    from domain_adapt.figures import live
-    import threading
-    from types import SimpleNamespace
     before = threading.active_count()
-    with live(SimpleNamespace(complete=False, folder=tmp_path), every=.01): assert threading.active_count() == before
+    with live(SimpleNamespace(complete=False, folder=tmp_path), every=.01): during = threading.active_count()
+    assert during == before
