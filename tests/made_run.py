@@ -117,19 +117,43 @@ def _ingest(folder: Path) -> None:
         write_json(folder / "logs" / corpus / "files" / "00000.json", [dict(path="a.html", hub="elsewhere")])
 
 
+SKIPPED = {17: (4.1, 61.), 31: (None, None)}    # loss and norm of batches that were not learnt from
+
+
+def metrics(rng: np.random.Generator) -> list[dict]:
+    "Forty batches that were learnt from and the two of `SKIPPED`, as the lines of metrics.jsonl."
+    lines, learnt = [], 0
+    for step in range(43):
+        learnt += 0 < step not in SKIPPED
+        row = dict(step=step, tokens=learnt * 2048)
+        if step:
+            lr = 2e-4 * min(step / 5, .1 + .45 * (1 + np.cos(np.pi * max(step - 5, 0) / 37)))
+            lost, norm = SKIPPED.get(step, (2.9 - .5 * step / 42 + rng.normal(0, .12), 1.5 + rng.normal(0, .2)))
+            used = .3 + rng.normal(0, .01)
+            row |= dict(lr=lr, loss=lost, grad_norm=norm, learnt=step not in SKIPPED, tokens_per_second=1000 * used,
+                        mfu=used, mfu_with_attention=1.1 * used, memory_bytes=2_000_000_000 + 10_000_000 * min(step, 9))
+        if step % 10 == 0 or step == 42:
+            row |= {"heldout/sec": 2.88 - .3 * step / 42, "heldout/wiki": 3.02 + .05 * step / 42,
+                    "heldout/news": 3.4 + .01 * step / 42}
+        lines.append(row)
+    return lines
+
+
+EVENTS = [dict(step=17, what="grad_norm", value=61., action="skipped", time="2026-01-01T00:00:17Z"),
+          dict(step=20, what="step_30 refused", value=f"{NASTY} has another sha256 than it had", action="not used",
+               time="2026-01-01T00:01:00Z"),
+          dict(step=20, what="resumed", value="on 2 processes", action="goes on", time="2026-01-01T00:01:01Z"),
+          dict(step=31, what="loss", value="nan", action="skipped", time="2026-01-01T00:01:12Z")]
+
+
 def _train(folder: Path, rng: np.random.Generator) -> None:
-    lines = []
-    for step in range(41):
-        row = dict(step=step, tokens=step * 2048)
-        if step: row |= dict(loss=2.9 - .5 * step / 40 + rng.normal(0, .12),
-                             lr=2e-4 * min(step / 5, .1 + .45 * (1 + np.cos(np.pi * max(step - 5, 0) / 35))),
-                             grad_norm=1.5, tokens_per_second=300.)
-        if step % 10 == 0: row |= {"heldout/sec": 2.88 - .3 * step / 40, "heldout/wiki": 3.02 + .05
-                                   * step / 40, "heldout/news": 3.4 + .01 * step / 40}
-        lines.append(json.dumps(row))
-    write_text(folder / "metrics.jsonl", "\n".join(lines) + "\n")
-    write_json(folder / "info.json", dict(precision="bf16", parameters=134_515_008,
-                                          where=f"{ROOT}/outputs/x"))
+    for name, lines in ("metrics", metrics(rng)), ("events", EVENTS):
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_json(folder / "info.json", dict(
+        precision="bf16", parameters=134_515_008, logits_check=None, epochs={"sec": .64, "wiki": .2}, processes=2,
+        layout=dict(tp=2, pp=1, cp=1, sp=True), seconds={"import": 7.8, "steps": 120.5},
+        megatron={k: f"megatron.core.{k}.{k.title()}" * 3 for k in ("model", "parallel", "optimizer")},
+        where=f"{ROOT}/outputs/x"))
 
 
 def _merge(folder: Path, scores: pd.DataFrame) -> None:

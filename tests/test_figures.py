@@ -1,6 +1,9 @@
 """Figures: the same table gives the same picture, marks lie where the table says, labels do not collide."""
+import re
 import subprocess
 import sys
+import types
+import warnings
 
 import matplotlib
 import numpy as np
@@ -10,11 +13,14 @@ from hypothesis import given, settings, strategies as st
 
 import made_run
 from domain_adapt import figures
+from domain_adapt.runs import notebook_path
 
 RNG = np.random.default_rng(1)
 BLOCKS = made_run.blocks(np.random.default_rng(0))
 PERPLEXITY = made_run.perplexity(BLOCKS)
 SCORES = made_run.benchmarks(np.random.default_rng(0))
+METRICS = pd.DataFrame(made_run.metrics(np.random.default_rng(0)))
+TRAINED = [figures.loss, figures.gradients, figures.pace]
 
 
 def tradeoff(n: int, seed: int) -> pd.DataFrame:
@@ -32,7 +38,8 @@ def tradeoff(n: int, seed: int) -> pd.DataFrame:
 @pytest.mark.parametrize("draw", [
     lambda w: figures.tradeoff(tradeoff(6, 0), width=w), lambda w: figures.perplexity(PERPLEXITY, "general",
                                                                                       width=w),
-    lambda w: figures.benchmarks(SCORES, width=w)], ids=["tradeoff", "perplexity", "benchmarks"])
+    lambda w: figures.benchmarks(SCORES, width=w), *(lambda w, draw=draw: draw(METRICS, width=w) for draw in TRAINED)],
+    ids=["tradeoff", "perplexity", "benchmarks", "loss", "gradients", "pace"])
 def test_the_same_table_gives_the_same_file(draw):
     assert figures.svg(draw(7.4)) == figures.svg(draw(7.4)) != figures.svg(draw(3.8))
 
@@ -53,6 +60,109 @@ def test_perplexity_shows_the_reported_half_and_its_intervals():
     order = figures.in_order(t.index)
     assert marks == [t.loc[v, "bits_per_byte"] for v in order]
     assert set(bars) >= {(t.loc[v, "ci_low"], t.loc[v, "ci_high"]) for v in order}
+
+
+def points(ax, marker: str = "None") -> list[tuple[float, float]]:
+    return [(x, y) for line in ax.lines if line.get_marker() == marker for x, y in zip(*line.get_data())]
+
+
+def test_the_loss_joins_what_was_learnt_from_and_crosses_the_rest():
+    top, low = figures.loss(METRICS, {"sec": "domain"}).axes
+    learnt, refused = (METRICS[METRICS["learnt"].eq(x)] for x in (True, False))
+    lines = {tuple(zip(*line.get_data())) for line in top.lines}
+    assert len(learnt) == 40 and tuple(zip(learnt["tokens"], learnt["loss"])) in lines
+    for corpus in ("sec", "wiki", "news"):
+        t = METRICS.dropna(subset=[f"heldout/{corpus}"])
+        assert len(t) == 6 and tuple(zip(t["tokens"], t[f"heldout/{corpus}"])) in lines
+    assert [x for x, _ in points(top, "x")] == list(refused["tokens"])
+    assert top.get_ylim()[1] < 4                                      # the refused loss of 4.1 moves nothing
+    rates = METRICS.dropna(subset=["lr"])
+    np.testing.assert_allclose(low.lines[0].get_xydata()[1:], np.c_[rates["tokens"], rates["lr"] * 1e4])
+
+
+def test_gradients_cross_a_spike_at_its_value_and_take_a_log_axis_for_it():
+    ax = figures.gradients(METRICS).axes[0]
+    assert ax.get_yscale() == "log" and (17, 61) in points(ax, "x")
+    assert [x for x, _ in points(ax, "x")] == [17, 31]
+    calm = METRICS[METRICS["learnt"].ne(False)]
+    ax = figures.gradients(calm).axes[0]
+    assert ax.get_yscale() == "linear" and ax.get_ylim()[0] == 0 and not points(ax, "x")
+
+
+def test_pace_shows_what_the_table_holds():
+    speed, used, memory = figures.pace(METRICS).axes
+    t = METRICS.dropna(subset=["mfu"])
+    for line, column, scale in ((speed.lines[0], "tokens_per_second", 1), (used.lines[0], "mfu", 100),
+                                (used.lines[1], "mfu_with_attention", 100), (memory.lines[0], "memory_bytes", 1e-9)):
+        drawn = line.get_xydata()
+        np.testing.assert_allclose(drawn[~np.isnan(drawn[:, 1])], np.c_[t["step"], t[column] * scale])
+
+
+def test_of_many_batches_the_strong_line_is_a_running_median():
+    n = np.arange(1, 1001)
+    t = pd.DataFrame(dict(step=n, tokens=n * 8, loss=3 - n / 1000 + (n % 100 == 0) * 5, lr=1e-5 * n, learnt=True))
+    pale, strong = figures.loss(t).axes[0].lines[:2]
+    assert list(pale.get_ydata()) == list(t["loss"]) and pale.get_alpha() < .5
+    assert (np.abs(strong.get_ydata() - (3 - n / 1000)) < .011).all()
+    assert np.array_equal(figures.loss(t).axes[1].lines[0].get_ydata(), t["lr"] * 1e4)
+
+
+def known(value): return st.none() | value
+
+
+@given(st.lists(st.tuples(known(st.floats(0, 1e6)), known(st.floats(0, 1e9)), known(st.booleans())), max_size=5),
+       st.sampled_from(TRAINED), st.sampled_from([7.4, 3.8]))
+@settings(deadline=None, max_examples=25)
+def test_a_training_with_gaps_can_be_drawn(steps, draw, width):
+    "From the first line on, whatever is missing: this is what the live figure meets."
+    lines = [{"step": 0, "tokens": 0, "heldout/sec": 3.}]
+    for n, (loss, norm, learnt) in enumerate(steps, 1):
+        row = dict(step=n, tokens=8 * n, loss=loss, grad_norm=norm, learnt=learnt, mfu=norm, lr=loss, memory_bytes=norm)
+        lines.append({k: v for k, v in row.items() if v is not None or n % 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = figures.svg(draw(pd.DataFrame(lines), width=width))
+    assert "nan" not in re.sub("[>][^<]*", "", drawn).lower()
+    assert ("skipped" in drawn) == (draw != figures.pace and any(learnt is False for *_, learnt in steps))
+
+
+def test_a_long_training_stays_a_small_picture():
+    n = 50_000
+    noise = np.random.default_rng(0).normal(0, .1, n)
+    long = pd.DataFrame(dict(step=range(n), tokens=np.arange(n) * 4_000_000, loss=2 + noise, grad_norm=1 + noise, learnt=True,
+                             lr=1e-5, tokens_per_second=3e4 + noise, mfu=.4 + noise / 9, memory_bytes=6e10))
+    assert all(len(figures.svg(draw(long))) < 3e6 for draw in TRAINED)
+
+
+def test_facts_put_what_is_nested_into_one_line_or_a_row_each():
+    told = figures.facts(dict(parameters=7, logits_check=None, layout=dict(tp=2, sp=True), epochs={}, seconds={"steps": 7.25},
+                              megatron={k: "megatron.core." + k * 30 for k in ("model", "data")}))
+    assert told.to_dict() == {"parameters": 7, "logits check": None, "layout": "tp 2 · sp yes", "epochs": "",
+                              "seconds": "steps 7.25", "megatron: model": "megatron.core." + "model" * 30,
+                              "megatron: data": "megatron.core." + "data" * 30}
+    assert "{" not in figures.Table(told)._repr_html_()
+
+
+def test_a_table_without_rows_is_a_sentence():
+    assert figures.Table(pd.DataFrame(), empty="Nothing <yet>.")._repr_html_() == "<p>Nothing &lt;yet&gt;.</p>"
+    assert "<table" in figures.Table(pd.DataFrame(dict(x=[1])), empty="Nothing.")._repr_html_()
+
+
+@pytest.mark.parametrize("given", ["a checkpoint", "a training"])
+def test_the_train_notebook_shows_a_training_and_a_checkpoint_that_was_given(tmp_path, given):
+    if given == "a training": made_run._train(tmp_path, np.random.default_rng(0))
+    else:
+        (tmp_path / "metrics.jsonl").touch()
+        (tmp_path / "info.json").write_text('{"checkpoint": "somebody/else"}')
+    drawn = "sec,1.0,2,81920,1.0\n" * (given == "a training")
+    (tmp_path / "mixture.csv").write_text("corpus,asked,documents,tokens,share\n" + drawn)
+    stage = types.SimpleNamespace(folder=tmp_path, params=made_run.params())
+    book = made_run.notebook(notebook_path("train"), stage)
+    shown = [o["data"] for c in book.cells for o in c.get("outputs", []) if o["output_type"] == "execute_result"]
+    text = " ".join(d.get("text/html") or d["image/svg+xml"] for d in shown)
+    assert len(shown) == 8 and text.count("<svg") == 4
+    if given == "a training": assert "81,920" in text and "tp 2 · pp 1" in text and "on 2 processes" in text
+    else: assert "Nothing: no batch was skipped" in text and text.count("the table is empty") == 4 and "somebody/else" in text
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -126,7 +236,7 @@ def test_text_of_a_table_cannot_become_markup():
         assert "<script" not in page and "<img" not in page and page.count("<td") == 1
 
 
-@pytest.mark.parametrize("draw", [figures.funnel, figures.loss, figures.mixture,
+@pytest.mark.parametrize("draw", [figures.funnel, *TRAINED, figures.mixture,
                                   lambda t: figures.perplexity(t, "domain"), figures.benchmarks,
                                   figures.tradeoff, figures.sweep, figures.geometry])
 def test_an_empty_table_says_that_it_is_empty(draw):

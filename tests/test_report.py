@@ -66,7 +66,7 @@ def test_intervals_hold_their_values_and_paired_ones_are_narrow(summary):
 
 
 def test_the_summary_keeps_the_contract(summary):
-    assert summary["tokens_trained"] == 81920 and summary["steps"] == 40
+    assert summary["tokens_trained"] == 81920 and summary["steps"] == 42
     assert summary["precision"] == {"train": "bf16", "evaluate": "bf16"}
     assert summary["heldout"]["sec"]["intervals"] == "within one document"
     assert summary["heldout"]["news"]["documents"] == 30
