@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PART', 'STEP', 'CHECKSUMS', 'LATEST', 'OWN', 'weights', 'kinds', 'updates', 'prepare', 'held', 'gathered',
-           'sharded_state', 'precision', 'restore', 'described', 'Writer', 'is_first', 'on_first', 'sync', 'steps',
-           'discard', 'sweep', 'begin', 'unneeded', 'point', 'publish', 'listed', 'damage', 'common', 'wrong_beside',
-           'wrong', 'pointed', 'event', 'reason', 'Saves', 'remove_other', 'Copies', 'Checkpoints']
+           'sharded_state', 'precision', 'restore', 'described', 'Writer', 'shared_out', 'is_first', 'on_first',
+           'on_all', 'sync', 'steps', 'discard', 'sweep', 'begin', 'unneeded', 'point', 'publish', 'listed', 'damage',
+           'common', 'wrong_beside', 'wrong', 'pointed', 'find', 'event', 'reason', 'Saves', 'remove_other', 'Copies',
+           'keep', 'Checkpoints']
 
-# %% ../nbs/33_checkpoints.ipynb #bc2e3a31
-import contextlib, gc, hashlib, json, os, pickle, queue, re, shutil, signal, stat, tempfile, threading, time
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+# %% ../nbs/33_checkpoints.ipynb #fa675e42
+import gc, hashlib, json, os, pickle, queue, re, shutil, signal, stat, tempfile, threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,15 +99,15 @@ def sharded_state(ddp, optimizer, loading: bool = False) -> dict:
                       for k in kinds(part)} for name, s in model.items()}
     return {"model": model, "optimizer": moments}
 
-# %% ../nbs/33_checkpoints.ipynb #39831f90
+# %% ../nbs/33_checkpoints.ipynb #4f9ee132
 def precision(optimizer) -> str:
     part, = optimizer.chained_optimizers
     return "bf16" if part.config.bf16 else "fp32"
 
 @torch.no_grad()
-def restore(folder: Path, ddp, optimizer) -> dict:
-    """Load a checkpoint into model and optimizer, whose layout may be another. Gives what was saved beside
-    them. Every process calls this. Raises `UserError` where the checkpoint is of another precision."""
+def restore(folder: Path, ddp, optimizer) -> tuple[int, dict]:
+    """Load a checkpoint into model and optimizer, whose layout may be another. Gives its step and `extra`.
+    Every process calls this. Raises `UserError` where the checkpoint is of another precision."""
     beside, now = common(folder), precision(optimizer)
     if beside["precision"] != now:
         raise UserError(f"{folder.name} was trained in {beside['precision']}, and this is {now}; set "
@@ -121,7 +122,7 @@ def restore(folder: Path, ddp, optimizer) -> dict:
         at, tensors = held(part, param)
         for k in kinds(part):
             if k in tensors: tensors[k].copy_(loaded["optimizer"][name][k].view(-1)[at].view_as(tensors[k]))
-    return beside
+    return beside["step"], beside["extra"]
 
 # %% ../nbs/33_checkpoints.ipynb #792f9933
 def described(path: Path) -> dict:
@@ -146,7 +147,7 @@ def _write(transforms: list, parent: int, buckets: list, told) -> None:
     pickle.dump((results, files), told)
     told.flush()
 
-# %% ../nbs/33_checkpoints.ipynb #452d9647
+# %% ../nbs/33_checkpoints.ipynb #2f17572f
 filesystem_async._results_queue = queue.SimpleQueue()    # else Megatron-Core starts a manager process
 
 class Writer(TorchDistSaveShardedStrategy):
@@ -175,7 +176,12 @@ class Writer(TorchDistSaveShardedStrategy):
         return request._replace(async_fn=partial(_write, transforms),
                                 async_fn_args=[os.getpid(), writer.write_buckets, told])
 
-# %% ../nbs/33_checkpoints.ipynb #efd97269
+def shared_out(writer: Writer) -> FullyParallelSaveStrategyWrapper:
+    "`writer`, its work shared out over the processes that have the same weights."
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelSaveStrategyWrapper(writer, group, do_cache_distribution=True)
+
+# %% ../nbs/33_checkpoints.ipynb #c6c85b88
 PART, STEP = re.compile(r"\.step_\d+\.(part|gone)"), re.compile(r"step_(\d+)")
 CHECKSUMS, LATEST = "checksums.json", "latest.json"
 OWN = (".metadata", "common.pt", "metadata.json")    # the first process's files
@@ -192,13 +198,19 @@ def on_first(work: Callable[[], Any]) -> Any:
     if told[1]: raise told[1]
     return told[0]
 
+def on_all(files: dict[str, dict]) -> dict[str, dict] | None:
+    "The `files` of all processes, on the first."
+    told = [None] * torch.distributed.get_world_size() if is_first() else None
+    torch.distributed.gather_object(files, told)
+    return {name: file for some in told for name, file in some.items()} if told else None
+
 def sync(path: Path) -> None:
     "Have a file's bytes, or a folder's names, on disk."
     at = os.open(path, os.O_RDONLY)
     try: os.fsync(at)
     finally: os.close(at)
 
-# %% ../nbs/33_checkpoints.ipynb #a0d19e11
+# %% ../nbs/33_checkpoints.ipynb #9c782ecc
 def steps(folder: Path) -> list[int]:
     "Steps of the checkpoints below `folder`, whole or not, newest first."
     names = [f.name for f in folder.iterdir() if f.is_dir()] if folder.is_dir() else []
@@ -210,7 +222,7 @@ def discard(folder: Path) -> None:
     gone = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    threading.Thread(target=shutil.rmtree, args=(gone, True)).start()    # gigabytes take a while to unlink
 
 def sweep(folder: Path) -> None:
     "Remove what killed saves left."
@@ -311,7 +323,21 @@ def pointed(folder: Path) -> tuple[int | None, str]:
     if not isinstance(name, str) or not (m := STEP.fullmatch(name)): return None, "it names no checkpoint"
     return (int(m[1]), "") if (folder / name).is_dir() else (None, f"it names {name}, which is missing")
 
-# %% ../nbs/33_checkpoints.ipynb #3839ec1d
+# %% ../nbs/33_checkpoints.ipynb #f36bf6fb
+def find(folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:
+    """The checkpoint to go on from, read and right: the one `latest.json` names, else the newest; and what
+    was refused before it, each with the reason. Removes what killed saves left. Every process calls this."""
+    on_first(partial(sweep, folder))
+    there, (latest, why) = on_first(lambda: (steps(folder), pointed(folder)))
+    refused = [(LATEST, why)] if there and why else []
+    for step in sorted(there, key=lambda s: (s != latest, -s)):
+        if not (why := wrong(at := folder / f"step_{step}")):
+            if step != latest: on_first(partial(point, at))
+            return at, refused
+        refused.append((at.name, why))
+    return None, refused
+
+# %% ../nbs/33_checkpoints.ipynb #796c6b25
 def event(step: int, what: str, value: str, action: str) -> dict:
     "A line of events.jsonl."
     return dict(step=step, what=what, value=value, action=action)
@@ -321,17 +347,12 @@ def reason(e: BaseException) -> str:
     inside = [x for x, _ in e.failures.values()] if isinstance(e, CheckpointException) else [e]
     return str(inside[0]).removeprefix("Worker failure: ")
 
+# %% ../nbs/33_checkpoints.ipynb #81b54bac
 class Saves:
     "Saves below `folder`; the first process calls `done(step)` after each. Every process calls every method."
-    def __init__(self, folder: Path, done: Callable[[int], None]):
-        self.folder, self.done, self.queue, self.writer = folder, done, AsyncCallsQueue(), Writer()
-        self.events, self.failed = [], ""
-
-    @cached_property
-    def strategy(self) -> FullyParallelSaveStrategyWrapper:
-        "The writer, its work shared out over those that have the same weights."
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return FullyParallelSaveStrategyWrapper(self.writer, group, do_cache_distribution=True)
+    def __init__(self, folder: Path, done: Callable[[int], None], events: list[dict]):
+        self.folder, self.done, self.events, self.failed = folder, done, events, ""
+        self.queue, self.writer, self.strategy = AsyncCallsQueue(), Writer(), None
 
     def start(self, state: Callable[[], dict], step: int) -> None:
         "Write what `state()` gives, as it is now, in the background; after the save before it."
@@ -339,6 +360,7 @@ class Saves:
         self.step, self.part, self.failed = step, self.folder / f".step_{step}.part", ""
         try: on_first(partial(begin, self.part))
         except OSError as e: return self._fail(e)
+        self.strategy = self.strategy or shared_out(self.writer)
         request = dist_checkpointing.save(state(), str(self.part), self.strategy, async_sharded_save=True)
         last = [request.finalize_fns[0], self._publish]    # its own last one writes what `publish` does
         self.queue.schedule_async_request(request._replace(finalize_fns=last))
@@ -348,22 +370,26 @@ class Saves:
         try: self.queue.maybe_finalize_async_calls(blocking=wait)
         except (CheckpointException, OSError) as e: self._fail(e)
 
-    def _publish(self) -> None:
-        files = [None] * torch.distributed.get_world_size() if is_first() else None
-        torch.distributed.gather_object(self.writer.files, files)
-        on_first(lambda: self._on_disk({n: f for some in files for n, f in some.items()}))
+    def finish(self) -> None:
+        "Wait for the save under way. Raises `UserError` where the last one failed."
+        self.settle(wait=True)
+        if self.failed: raise UserError(f"{self.part}: could not be saved ({self.failed}); make room or mend "
+                                        "the disk, and run again: it goes on from the checkpoint before")
 
-    def _on_disk(self, files: dict[str, dict]) -> None:
-        if self.writer.problem: raise self.writer.problem
-        publish(self.part, files)
-        self.done(self.step)
+    def _publish(self) -> None:
+        files = on_all(self.writer.files)
+        def on_disk():
+            if self.writer.problem: raise self.writer.problem
+            publish(self.part, files)
+            self.done(self.step)
+        on_first(on_disk)
 
     def _fail(self, e: BaseException) -> None:
         self.failed = on_first(partial(reason, e))
         self.events.append(event(self.step, "save failed", self.failed, "the checkpoint before it stands"))
         if is_first(): shutil.rmtree(self.part, ignore_errors=True)
 
-# %% ../nbs/33_checkpoints.ipynb #2e4f6e01
+# %% ../nbs/33_checkpoints.ipynb #5404b06b
 def remove_other(address: str, files: dict[str, dict]) -> None:
     """Remove a copy that is not of `files`, or not whole: after a roll-back another checkpoint of the same
     step has the same sizes. Raises `UserError`."""
@@ -376,9 +402,11 @@ def remove_other(address: str, files: dict[str, dict]) -> None:
             s3.client().delete_object(Bucket=bucket, Key=key)
 
 class Copies:
-    "Copies of checkpoints below an s3:// address (None: no copies), one after the other in the background."
-    def __init__(self, address: str | None):
-        self.address, self.waiting, self.busy, self.events = address, queue.Queue(), set(), []
+    """Copies of the checkpoints in `folder`, <stage>/checkpoints, below <address>/<stage>/checkpoints: one after
+    the other, in the background; none where the address is None."""
+    def __init__(self, address: str | None, folder: Path, events: list[dict]):
+        self.address = address and f"{address.rstrip('/')}/{folder.parent.name}/{folder.name}"
+        self.waiting, self.busy, self.events = queue.Queue(), set(), events
         if address: threading.Thread(target=self._run, daemon=True).start()
 
     def add(self, folder: Path) -> None:
@@ -403,56 +431,43 @@ class Copies:
         remove_other(to, files)
         s3.upload(folder, to, files)
 
-# %% ../nbs/33_checkpoints.ipynb #c59f971c
+# %% ../nbs/33_checkpoints.ipynb #c7a6e6d3
+def keep(folder: Path, save: Save, kept: set[int], copies: Copies, step: int) -> None:
+    "What there is to do once `step` is saved: copy it, remove what is no longer needed."
+    copies.add(folder / f"step_{step}")
+    for s in unneeded(steps(folder), step, save, kept):
+        if f"step_{s}" not in copies.busy: discard(folder / f"step_{s}")
+
+# %% ../nbs/33_checkpoints.ipynb #dea0bf9d
 class Checkpoints:
     """Checkpoints below `folder`, kept as `save` says and those of the steps in `kept`. Every process calls
     every method; `poll` and `finish` give events {step, what, value, action} that came up since."""
     def __init__(self, folder: Path, save: Save, kept: set[int]):
-        self.folder, self.settings, self.kept = Path(folder), save, set(kept)
-        to = save.copy_to and f"{save.copy_to.rstrip('/')}/{self.folder.parent.name}/{self.folder.name}"
-        self.copies, self.saves = Copies(to if is_first() else None), Saves(self.folder, self._done)
+        self.folder, self.events = Path(folder), []
+        self.copies = Copies(save.copy_to if is_first() else None, self.folder, self.events)
+        self.saves = Saves(self.folder, partial(keep, self.folder, save, set(kept), self.copies), self.events)
 
     def save(self, ddp, optimizer, step: int, extra: dict) -> None:
-        "Save the state as it is now, while training goes on. `extra` holds plain Python values."
-        beside = dict(step=step, extra=extra, updates=updates(optimizer), precision=precision(optimizer))
-        self.saves.start(lambda: sharded_state(ddp, optimizer) | beside, step)
-
-    def _done(self, step: int) -> None:
-        self.copies.add(self.folder / f"step_{step}")
-        for s in unneeded(steps(self.folder), step, self.settings, self.kept):
-            if f"step_{s}" not in self.copies.busy: discard(self.folder / f"step_{s}")
+        "Save the state as it is now, while training goes on; and the first process's `extra`, plain values."
+        own = dict(step=step, extra=extra, updates=updates(optimizer), precision=precision(optimizer))
+        self.saves.start(lambda: sharded_state(ddp, optimizer) | on_first(lambda: own), step)
 
     def poll(self) -> list[dict]:
         "Have a save count that is written."
         self.saves.settle(wait=False)
-        return self._events()
+        return [self.events.pop(0) for _ in range(len(self.events))]
 
     def finish(self, copies: bool = True) -> list[dict]:
         "Wait for the save, and for the copies. Raises `UserError` where the last save failed."
-        self.saves.settle(wait=True)
-        if failed := self.saves.failed:
-            raise UserError(f"{self.folder}: step {self.saves.step} could not be saved ({failed}); make room "
-                            "or mend the disk, and run again: it goes on from the checkpoint before")
+        self.saves.finish()
         if copies: self.copies.waiting.join()
-        return self._events()
-
-    def _events(self) -> list[dict]:
-        both = self.saves.events, self.copies.events
-        return [events.pop(0) for events in both for _ in range(len(events))]
+        return self.poll()
 
     def find(self) -> tuple[Path | None, list[tuple[str, str]]]:
-        """The checkpoint to go on from, read and right: the one `latest.json` names, else the newest; and
-        what was refused before it, each with the reason. What killed saves left is removed."""
-        on_first(partial(sweep, self.folder))
-        there, (latest, why) = on_first(lambda: (steps(self.folder), pointed(self.folder)))
-        refused = [(LATEST, why)] if there and why else []
-        for step in sorted(there, key=lambda s: (s != latest, -s)):
-            if not (why := wrong(at := self.folder / f"step_{step}")):
-                if step != latest: on_first(partial(point, at))
-                self.copies.add(at)
-                return at, refused
-            refused.append((at.name, why))
-        return None, refused
+        "The checkpoint to go on from, and what was refused; see the function `find`."
+        at, refused = find(self.folder)
+        if at: self.copies.add(at)
+        return at, refused
 
     def newest(self) -> Path | None:
         "The checkpoint that was last saved or found, without reading it."
@@ -463,5 +478,4 @@ class Checkpoints:
     def load(self, folder: Path, ddp, optimizer) -> tuple[int, dict]:
         "Load what `find` gave, saved in any layout. Gives its step and `extra`. Raises `UserError`."
         self.saves.settle(wait=True)
-        beside = restore(folder, ddp, optimizer)
-        return beside["step"], beside["extra"]
+        return restore(folder, ddp, optimizer)

@@ -9,10 +9,10 @@ __all__ = ['PEAK_TFLOPS', 'Shape', 'shape_of', 'parameters', 'flops_per_token', 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# %% ../nbs/30_flops.ipynb #8515e812
+# %% ../nbs/30_flops.ipynb #c8197c85
 @dataclass(frozen=True)
 class Shape:
-    "What decides the size of a Llama-family model: widths, depth, heads in groups, words, the longest sequence."
+    "What decides the size of a Llama-family model: depth, widths, heads in groups, words, longest sequence."
     layers: int
     hidden: int
     ffn: int
@@ -33,9 +33,9 @@ def shape_of(config: Mapping) -> Shape:
         vocabulary=config["vocab_size"], context=config["max_position_embeddings"],
         tied=config.get("tie_word_embeddings", False), qkv_bias=config["model_type"] == "qwen2")
 
-# %% ../nbs/30_flops.ipynb #19eda91d
+# %% ../nbs/30_flops.ipynb #1f9d0a88
 def parameters(shape: Shape) -> dict[str, int]:
-    "Parameters by place: embedding, attention and mlp and norms of all layers, final norm, head; and the total."
+    "Parameters by place: embedding; attention, mlp, norms of all layers; final norm; head; and the total."
     h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.groups * shape.head_dim
     bias = q + 2 * kv if shape.qkv_bias else 0
     found = dict(
@@ -54,9 +54,9 @@ def flops_per_token(shape: Shape, sequence: int | None = None) -> float:
     products = count["total"] - (0 if shape.tied else count["embedding"])
     return 6.0 * (products + shape.layers * sequence * shape.heads * shape.head_dim)
 
-# %% ../nbs/30_flops.ipynb #a605cfef
+# %% ../nbs/30_flops.ipynb #bbd877ed
 PEAK_TFLOPS = {"A100 SXM": {"bf16": 312.0}, "H100 SXM": {"bf16": 989.4, "fp8": 1978.9}}
 
 def mfu(tokens: float, seconds: float, gpus: int, peak_tflops: float, per_token: float) -> float:
-    "Share of `gpus` x `peak_tflops` (dense, 10¹²/s) that `tokens` of `per_token` operations in `seconds` used."
+    "Share of `gpus` x `peak_tflops` (10¹²/s) that `tokens` of `per_token` operations in `seconds` used."
     return tokens * per_token / (seconds * gpus * peak_tflops * 1e12)

@@ -284,7 +284,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
         layer.submodules.self_attention.submodules.core_attention = CausalAttention
     return layer
 
-# %% ../nbs/31_megatron.ipynb #d73582fc
+# %% ../nbs/31_megatron.ipynb #99e834b9
 def _rows(logits: torch.Tensor) -> int:
     "Rows of logits to work on at a time: few stay in a CPU's cache, a GPU wants all."
     return len(logits) if logits.is_cuda else 64
@@ -297,12 +297,12 @@ def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
         p = part.softmax(-1, dtype=torch.float32)
         losses = highest - p.amax(1).log() - label    # log Σ exp = highest logit − log of its probability
         total += (losses * m).double().sum()
-        p[torch.arange(len(y)), y] -= 1
+        p[torch.arange(len(y), device=y.device), y] -= 1
         part.copy_(p)
         part[m == 0] = 0
     return total
 
-# %% ../nbs/31_megatron.ipynb #4372d3e3
+# %% ../nbs/31_megatron.ipynb #2e68bfd9
 def _split_softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor,
                         group) -> torch.Tensor:
     "`_softmax_loss` where `logits` [n, vocab / tp] are of this process's part of the vocabulary."
@@ -318,7 +318,7 @@ def _split_softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.
     whole = highest + both[0].log()
     for part, w, y, own, m in zip(*(x.split(rows) for x in (logits, whole, at, mine, mask))):
         p = (part.float() - w[:, None]).exp_()
-        p[torch.arange(len(y)), y] -= own.float()
+        p[torch.arange(len(y), device=y.device), y] -= own.float()
         part.copy_(p)
         part[m == 0] = 0
     return ((whole - both[1]) * mask).double().sum()

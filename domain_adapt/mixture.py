@@ -32,20 +32,20 @@ def epochs(params: Params, table: pd.DataFrame) -> pd.DataFrame:
     out = table[["corpus", "asked", "tokens"]].assign(seen=seen.round().astype(int))
     return out.assign(epochs=(seen / table["tokens"].clip(lower=1)))
 
-# %% ../nbs/20_mixture.ipynb #170f4251
+# %% ../nbs/20_mixture.ipynb #958df212
 def too_often(params: Params, table: pd.DataFrame) -> list[str]:
     "Which corpora training would go through more than `train.max_epochs` times, with the sums."
     t, length = params.train, params.tokens.sequence_length
     whole, found = f"steps {t.steps} x batch {t.global_batch} x {length} tokens", epochs(params, table)
-    return [f"corpora.{row.corpus}: {row.asked:.4g} of {whole} = {row.seen} tokens are asked of its {row.tokens}, "
-            f"which is {row.epochs:.3g} times, more than train.max_epochs {t.max_epochs:g}; lower train.steps, change "
-            "tokens.replay, add documents or raise train.max_epochs"
+    return [f"corpora.{row.corpus}: {row.asked:.4g} of {whole} = {row.seen} tokens are asked of its "
+            f"{row.tokens}: {row.epochs:.4g} times, more than train.max_epochs {t.max_epochs:g}; lower "
+            "train.steps, change tokens.replay, add documents or raise train.max_epochs"
             for row in found.itertuples() if row.epochs > t.max_epochs]
 
-# %% ../nbs/20_mixture.ipynb #b1b1431c
+# %% ../nbs/20_mixture.ipynb #776bb6a0
 def check_mixture(params: Params, table: pd.DataFrame) -> None:
-    """Raises `UserError` where the blend has nothing to learn, nothing to replay, not enough for one batch, or
-    less than is asked of it."""
+    """Raises `UserError` where the blend has nothing to learn, nothing to replay, not enough for one batch,
+    or less than is asked of it."""
     length, batch, replay = params.tokens.sequence_length, params.train.global_batch, params.tokens.replay
     kinds = table["corpus"].map({n: c.kind for n, c in params.corpora.items()})
     tokens = table["tokens"].groupby(kinds).sum()

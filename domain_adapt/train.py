@@ -193,7 +193,7 @@ def resume(run: Training) -> int:
     if step: run.note([goes_on])
     return step
 
-# %% ../nbs/33_train.ipynb #a35d4b01
+# %% ../nbs/33_train.ipynb #b2264332
 def due(run: Training, step: int) -> tuple[bool, bool]:
     "Whether after `step` the held-out loss is measured, and whether a checkpoint is saved."
     t, every = run.t, run.t.save.every
@@ -221,7 +221,7 @@ def walk(run: Training, step: int, asked: Asked) -> int:
             with run.clock("saving"): save(run, saved := step)
         run.note(run.checkpoints.poll())
     if step > saved: save(run, step)
-    run.note(run.checkpoints.finish())
+    run.note(run.checkpoints.finish(copies=step == run.t.steps))
     return step
 
 # %% ../nbs/33_train.ipynb #0f9649c6
@@ -238,7 +238,7 @@ def load_data(job: dict, params: Params, hf) -> tuple:
     on_first(finished.touch)
     return data, heldout, blend
 
-# %% ../nbs/33_train.ipynb #4fd9853b
+# %% ../nbs/33_train.ipynb #7c30d8e9
 def precision(params: Params, out: Path) -> dict[str, str]:
     "The precision to train in, and why (`precision_chosen`); the same on every process and at every start."
     from domain_adapt.checkpoints import on_first
@@ -255,9 +255,11 @@ def begin(job: dict, params: Params, device, clock: Clock) -> Training:
     "Everything a training needs, at its first step."
     import torch
     from domain_adapt.checkpoints import Checkpoints
+    from domain_adapt.megatron import check_family
     from domain_adapt.monitor import Guard, Monitor
     from transformers import AutoConfig
     out, hf = Path(job["out"]), AutoConfig.from_pretrained(job["model"], local_files_only=True)
+    check_family(hf, params.tokens.sequence_length)
     facts = precision(params, out) | {"parameters": parameters(shape_of(hf.to_dict()))["total"]}
     with clock("data"): data, heldout, blend = load_data(job, params, hf)
     with clock("load"):

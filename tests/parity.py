@@ -2,6 +2,7 @@
 
 torchrun ... tests/parity.py FOLDER CASE [CASE ...]. FOLDER holds the tokens; `whole.pt` in it has the end weights of one process,
 which each case compares its own with."""
+import functools
 import json
 import math
 import sys
@@ -26,6 +27,8 @@ LAYOUTS = {
     "pp2_dp2_distributed": dict(processes=4, distributed_optimizer=True, layout=dict(pp=2)),
     "tp2_cp2_sp_recompute": dict(processes=4, recompute=True, layout=dict(tp=2, cp=2, sp=True))}
 STEPS, SKIPPED = 5, 3
+# Gradients and weights are sent in pieces, as those of a large model are.
+megatron.DistributedDataParallelConfig = functools.partial(megatron.DistributedDataParallelConfig, bucket_size=20_000)
 BLEND = pd.DataFrame([("sec", 0.75), ("wiki", 0.25)], columns=["corpus", "asked"])
 
 
@@ -98,6 +101,7 @@ def run(name: str, folder: Path) -> dict:
     held = batches.heldout_data(folder, batches.Vocabulary(512, 0), params, folder / "index")
     model = megatron.build_model(hf, megatron.transformer_config(hf, params.train, bf16))
     ddp, optimizer = megatron.trainable(model, params.train, bf16)
+    if params.train.distributed_optimizer: assert len(ddp.bucket_groups) > 1 or not model.pre_process
     first = {n: part(n, p, drawn(global_name(n, model), whole_shape(p))) for n, p in model.named_parameters()}
     megatron.set_weights(ddp, optimizer, first.items())
     measure = lambda: [megatron.mean_loss(ddp, batches.heldout_batches(data, params, device)) for data in held.values()]

@@ -371,5 +371,5 @@ def test_memory_is_that_of_the_largest_tensor(size):
             grown, seconds = map(float, done.stdout.split())
             way = "HF to Megatron" if checkpoint == "-" else "Megatron to HF"
             print(f"{way}: {grown / largest:.2f} times the largest tensor, {total / seconds / 1e6:.0f} MB/s")
-            assert largest < grown < 4 * largest, way
+            assert largest < grown < 4 * largest + 10**8, way    # some 100 MB for what comes and goes beside
         assert load_file(next((Path(at) / "export").glob("*.safetensors")))["model.norm.weight"].sum() == hf.hidden_size

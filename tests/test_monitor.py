@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain_adapt.monitor import ENOUGH, GAUGES, Endpoint, Guard, Monitor, lines_of
+from domain_adapt.monitor import ENOUGH, GAUGES, Endpoint, Guard, Monitor
 from domain_adapt.params import Guard as Settings
 from domain_adapt.params import load_params
+from domain_adapt.runs import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = dict(model_type="llama", num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=128, max_position_embeddings=512)
@@ -78,8 +79,42 @@ def test_lines_after_the_step_gone_on_from_are_forgotten_and_events_stay(tmp_pat
     again.close()
     table = pd.read_json(tmp_path / "metrics.jsonl", lines=True)
     assert list(table["step"]) == list(range(1, 8)) and math.isnan(table["loss"].iloc[-1])
-    event, = lines_of(tmp_path / "events.jsonl")
+    event, = read_lines(tmp_path / "events.jsonl")
     assert {k: event[k] for k in ("step", "what", "value", "action")} == dict(step=5, what="loss", value="nan", action="rolled back")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("torn", [b'{"step": 7, "wh', b"\0" * 40, b"{"], ids=["half", "zeros", "brace"])
+def test_half_a_line_of_events_hides_none_of_those_after_it(tmp_path, torn, monkeypatch):
+    monkeypatch.setattr("domain_adapt.monitor.cpu_peak", lambda precision: 1.0)
+    first = monitor(tmp_path)
+    first.event(5, "loss", 9.0, "rolled back")
+    for step in (8, 9):
+        with (tmp_path / "events.jsonl").open("ab") as f: f.write(torn)    # a crash
+        monitor(tmp_path).event(step, "loss", 9.0, "rolled back")
+    assert monitor(tmp_path).go_on(0)[1] == {5, 8, 9}
+    assert [e["step"] for e in read_lines(tmp_path / "events.jsonl")] == [5, 8, 9]
+
+
+@pytest.mark.fault
+def test_every_line_is_on_disk_when_training_goes_on(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), synced.append((os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_size))))
+    made = monitor(tmp_path)
+    made.go_on(0)
+    for step in (1, 2):
+        made.write(step=step, loss=1.0)
+        made.event(step, "loss", 1.0, "skipped")
+        for name in ("metrics.jsonl", "events.jsonl"):
+            assert (str(tmp_path / name), (tmp_path / name).stat().st_size) in synced
+    made.close()
+
+
+def test_prometheus_sees_the_first_skip_as_an_increase():
+    endpoint = Endpoint(port := free(), "x")
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    endpoint.close()
+    assert 'domain_adapt_events_total{action="skipped",run="x"} 0.0' in page
 
 
 @pytest.mark.oracle
@@ -119,14 +154,14 @@ def test_prometheus_reads_the_page(tmp_path):
 @pytest.mark.fault
 def test_a_port_that_is_taken_ends_nothing_and_is_written_down(tmp_path):
     with socket.socket() as taken:
-        taken.bind(("0.0.0.0", 0))
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         made = monitor(tmp_path, f"train.metrics_port={port}")
     made.go_on(0)
     made.write(step=1, loss=1.0)
     made.close()
-    event, = lines_of(tmp_path / "events.jsonl")
+    event, = read_lines(tmp_path / "events.jsonl")
     assert str(port) in event["what"] and event["action"] == "not served"
 
 

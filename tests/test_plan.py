@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from domain_adapt import plan as room
@@ -107,12 +107,32 @@ def test_step_time_is_bubble_times_recomputation():
 
 
 @pytest.mark.parametrize("save, export_at, steps, expected", [
-    ({}, [0.5, 1.0], 40, (2, 2)), ({"every": 10}, [1.0], 40, (4, 3)), ({"every": 10, "keep": 1, "keep_every": 20}, [1.0], 100, (10, 7))])
+    ({}, [0.5, 1.0], 40, (2, 2)), ({"every": 10}, [1.0], 40, (4, 3)), ({"every": 10, "keep": 1, "keep_every": 20}, [1.0], 100, (10, 6)),
+    ({"every": 10}, [5 * 4 * 512.0, 1.0], 40, (5, 4))])
 def test_checkpoints_on_disk(save, export_at, steps, expected):
     train = Train(steps=steps, warmup=1, save=save, export_at=export_at)
-    assert saves(train) == expected
-    need = storage(SMOLLM2, train, 4)
+    assert saves(train, 512) == expected
+    need = storage(SMOLLM2, train, 512, 4)
     assert need["total"] == 134515008 * (14 * expected[1] + 4 * len(export_at))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])    # the first example imports torch
+@given(st.integers(1, 60), st.integers(1, 12) | st.none(), st.integers(1, 4), st.integers(1, 30) | st.none(),
+       st.lists(st.floats(0.01, 1), max_size=4))
+def test_no_more_checkpoints_than_the_trainers_rule_leaves(steps, every, keep, keep_every, shares):
+    "The most at once, walking through a run with checkpoints.unneeded, is at most one under what is planned."
+    from domain_adapt.checkpoints import unneeded
+    train = Train(steps=steps, warmup=0, save=dict(every=every, keep=keep, keep_every=keep_every), export_at=[*shares, 1.0])
+    exported = {max(1, round(at * steps)) for at in train.export_at}
+    there, most, written = [], 0, 0
+    for step in range(1, steps + 1):
+        if step not in exported and not (every and step % every == 0): continue
+        there, written = [step, *there], written + 1
+        most = max(most, len(there))
+        gone = unneeded(there, step, train.save, exported)
+        there = [s for s in there if s not in gone]
+    planned = saves(train, 512)
+    assert planned[0] == written and most <= planned[1] <= most + keep
 
 
 def run_of(name: str, *sets: str): return load_params(ROOT / "params" / f"{name}.yaml", sets)
@@ -129,6 +149,7 @@ REFUSED = [
     (("model=smollm2-135m-instruct", "train.layout={tp: 2}"), ["num_attention_heads 9", "num_key_value_heads 3", "tp can be 1, 3"]),
     (("train.layout={cp: 8}", "tokens.sequence_length=8184"), ["tokens.sequence_length 8184 is not a multiple of 2 x cp 8 = 16 (remainder 8)"]),
     (("train.layout={tp: 8, sp: true}", "tokens.sequence_length=8190"), ["8190 is not a multiple of tp 8 (remainder 6)"]),
+    (("train.export_at=[2.0e+10, 1.0]",), ["export_at: 20000000000 tokens are more than", "x tokens.sequence_length 8192 = 16777216"]),
     (("tokens.sequence_length=8193",), ["8193 is beyond the model's context, 8192"]),
     (("model=mistralai/Mistral-7B-v0.1",), ["8192 is longer than the 4096 tokens", "sliding_window"]),
 ]
@@ -146,7 +167,7 @@ def test_a_sum_that_does_not_work_out_is_told(sets, said):
 @pytest.mark.fault
 def test_other_families_and_odd_configurations():
     params = run_of("quickstart")
-    assert "model_type 'gpt2'" in problems(params, {"model_type": "gpt2"})[0]
+    assert "model_type is 'gpt2'" in problems(params, {"model_type": "gpt2"})[0]
     assert "has no num_hidden_layers" in problems(params, {"model_type": "llama", "num_attention_heads": 2, "hidden_size": 4})[0]
     llama = published()["smollm2-135m-instruct"]
     for more, said in (({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"), ({"attention_bias": True}, "attention_bias"),
@@ -194,13 +215,13 @@ def test_a_tokenizer_of_another_model(model):
 @pytest.mark.fault
 def test_too_little_disk(tmp_path, monkeypatch):
     params, config = run_of("quickstart"), published()["smollm2-135m-instruct"]
-    need = storage(SMOLLM2, params.train, 2)["total"]
+    need = storage(SMOLLM2, params.train, 512, 2)["total"]
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(room.shutil, "disk_usage", lambda at: usage(need))
     assert disk_problems(params, config, tmp_path / "train-1234") == []
     monkeypatch.setattr(room.shutil, "disk_usage", lambda at: usage(need - 1))
     found, = disk_problems(params, config, tmp_path / "train-1234")
-    assert "2 checkpoints x 1.88 GB + 2 exports x 0.27 GB = 4.30 GB" in found and str(tmp_path) in found
+    assert "2 checkpoints x 1.88 GB + 2 exports x 269 MB = 4.3 GB" in found and str(tmp_path) in found
     (tmp_path / "train-1234" / "checkpoints").mkdir(parents=True)    # what is there already counts
     (tmp_path / "train-1234" / "checkpoints" / "one").write_bytes(b"x")
     assert disk_problems(params, config, tmp_path / "train-1234") == []
@@ -223,6 +244,9 @@ def test_a_configuration_needs_no_network(model, tmp_path, monkeypatch):
     monkeypatch.setenv("DOMAIN_ADAPT_CACHE", str(tmp_path / "empty"))
     assert configuration("smollm2-135m-instruct")["num_hidden_layers"] == 30    # published: it is not unpacked
     assert configuration(str(model))["num_hidden_layers"] == 2
+    (model / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 2, "hidden_size": 4}')
+    odd = plan(run_of("quickstart", f"model={model}"))
+    assert "has no num_hidden_layers" in odd["problems"][0] and "cost" not in odd
     (model / "config.json").write_text("not json")
     with pytest.raises(UserError, match="is not a JSON object"): configuration(str(model))
     assert configuration("owner/unheard-of") is None
@@ -230,7 +254,7 @@ def test_a_configuration_needs_no_network(model, tmp_path, monkeypatch):
 
 
 def test_plan_says_what_does_not_fit_and_what_idles():
-    big = run_of("sec_llama3_70b", "train.layout={tp: 4, pp: 4}", "train.global_batch=4")
+    big = run_of("sec_llama3_70b", "train.layout={tp: 4, pp: 4}", "train.global_batch=4", "train.export_at=[1.0]")
     found = plan(big)
     assert any("does not fit" in n for n in found["notes"]) and any("mostly idle" in n for n in found["notes"])
     assert found["memory"][0]["total"] > 80e9 and len(found["memory"]) == 4 and found["assumptions"]

@@ -22,7 +22,7 @@ from domain_adapt.train import check_logits, export_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("train.steps=6", "train.warmup=2", "train.validation.every=3", "train.validation.tokens=300", "train.export_at=[0.5, 1.0]",
-         "train.global_batch=4", "train.micro_batch=2", "train.lr=0.003", "train.max_epochs=100")
+         "train.global_batch=4", "train.micro_batch=2", "train.lr=0.003", "train.max_epochs=1000000")
 
 
 def tiny_params(model: Path, *more: str) -> Params:

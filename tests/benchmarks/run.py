@@ -3,6 +3,7 @@
 Ratios above 1 say that ours is faster. Figures are medians of the rounds; nothing here passes or fails."""
 import contextlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -19,9 +20,10 @@ from lm_eval.models.huggingface import HFLM
 
 from domain_adapt.assets import resolve
 from domain_adapt.benchmarks import SharedContext, ask, load_suite
-from domain_adapt.models import best_dtype, get_model, load_model, load_tokenizer, tune_cpu
-from domain_adapt.params import Suite
+from domain_adapt.models import best_dtype, get_model, load_model, load_tokenizer, tune_cpu, usable_cores
+from domain_adapt.params import Suite, load_params
 from domain_adapt.perplexity import block_nll, document_blocks
+from domain_adapt.runs import ROOT
 from domain_adapt.sources.markdown import compare, to_markdown
 from domain_adapt.sources.reading import decode
 from domain_adapt.tokens import encoder, write_corpus
@@ -141,10 +143,34 @@ def benchmarks(model, tokenizer) -> dict:
     return dict(what="benchmarks of the suite quick, 10 items each", against="lm-eval's hf model", ours=ours, theirs=theirs, note="")
 
 
+def trainers(precision: str, steps: int = 4) -> list[dict]:
+    """Training as in the quickstart against transformers' Trainer: same weights, batches, threads and AdamW; each in its own
+    process, in turn step by step, the first step not counted. The second row's figures are gigabytes."""
+    env = dict(os.environ, OMP_NUM_THREADS=str(usable_cores()), MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    script = Path(__file__).with_name("trainers.py")
+    start = lambda who: subprocess.Popen([sys.executable, "-W", "ignore", script, who, precision, str(steps + 1)], env=env, text=True,
+                                         bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    def answer(arm, line: str) -> list[float]:
+        arm.stdin.write(line)
+        return json.loads(arm.stdout.readline())
+    arms = [start("ours"), start("theirs")]
+    seconds = [[answer(arm, "\n")[0] for arm in arms] for _ in range(steps + 1)][1:]
+    (loss, *memory), (their_loss, *their_memory) = [answer(arm, "") for arm in arms]
+    assert abs(loss / their_loss - 1) < 0.01
+    ours, theirs = map(statistics.median, zip(*seconds))
+    batch = load_params(ROOT / "params" / "quickstart.yaml")
+    tokens = batch.train.global_batch * batch.tokens.sequence_length
+    row = dict(what=f"training in {precision}, a step", against="transformers' Trainer")
+    return [row | dict(ours=ours, theirs=theirs, note=f"{tokens / ours:.0f} tokens/s; {tokens / theirs:.0f}; mean loss {loss:.3f}; {their_loss:.3f}"),
+            row | dict(what=f"peak memory of training in {precision}, GB", ours=memory[0] / 1024, theirs=their_memory[0] / 1024,
+                       note=f"{memory[1] / 1024:.1f} and {their_memory[1] / 1024:.1f} of it before the model")]
+
+
 if __name__ == "__main__":
     tune_cpu()
     rows = [ingest()]
     with tempfile.TemporaryDirectory() as tmp: rows += [workers(Path(tmp) / "w"), flat(Path(tmp) / "m"), tokenization(Path(tmp))]
+    rows += [*trainers("bf16"), *trainers("fp32")]
     folder, dtype = get_model(MODEL), best_dtype("auto")
     model, tokenizer = load_model(folder, dtype), load_tokenizer(folder)
     text = to_markdown(decode(next(resolve("package:filings-10k").glob("tgt*.html")).read_bytes())).text
