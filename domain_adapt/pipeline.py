@@ -61,14 +61,17 @@ def _failure(executed: Path, log: str) -> tuple[str, str]:
     errors = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
     return (errors[0]["ename"], errors[0]["evalue"]) if errors else ("the notebook's kernel ended", log[-2000:])
 
-# %% ../nbs/70_pipeline.ipynb #9bf83cab
+# %% ../nbs/70_pipeline.ipynb #faba58d4
 def _end(child: subprocess.Popen, stage: Stage) -> int | None:
     "End a notebook that was interrupted. Gives its code where it ended itself, as training does once it is saved."
+    stop, end = stage.folder / "stop", time.monotonic() + stage.params.train.job.signal_before + 60
     try:
-        if stage.name == "train" and stage.folder.exists():
-            (stage.folder / "stop").touch()
-            return child.wait(stage.params.train.job.signal_before + 60)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt): pass
+        while stage.name == "train" and stage.folder.exists() and time.monotonic() < end:
+            stop.touch()    # again and again: what is older than the kernel is not meant for it
+            try: return child.wait(1)
+            except subprocess.TimeoutExpired: pass
+    except KeyboardInterrupt: pass
+    finally: stop.unlink(missing_ok=True)
     child.terminate()
     child.wait()
     stage.discard(patience=10)
