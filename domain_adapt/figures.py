@@ -9,8 +9,8 @@ __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'STYLE', 'NARROW', 'FAMILIES', 'KINDS
            'lengths', 'loss', 'gradients', 'pace', 'live', 'mixture', 'perplexity', 'main_metric', 'benchmarks',
            'front', 'tradeoff', 'sweep', 'geometry']
 
-# %% ../nbs/60_figures.ipynb #852f183a
-import contextlib, functools, html, io, os, re, threading
+# %% ../nbs/60_figures.ipynb #f2f07c68
+import contextlib, functools, html, io, json, os, re, threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 import matplotlib
@@ -21,7 +21,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from .monitor import lines_of
 
 # %% ../nbs/60_figures.ipynb #d65010f4
 INK, MUTED, GRID, CARD = "#24292f", "#57606a", "#d8dee4", "#ffffff"
@@ -418,13 +417,18 @@ def pace(metrics: pd.DataFrame, width: float = 7.4) -> Figure:
     _over(memory, m["step"], "step")
     return fig
 
-# %% ../nbs/60_figures.ipynb #57a4d415
+# %% ../nbs/60_figures.ipynb #a83a84c9
+def _so_far(file: Path) -> list[dict]:
+    "The whole lines of a file that another process is writing."
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+
 def _redraw(file: Path, kinds: dict[str, str], ended: threading.Event, every: float) -> None:
     "Show the loss figure of `file` each time it has changed, and once more at the end."
     from IPython.display import display
     shown_as, drawn, last = None, [], False
     while not last:
-        last, lines = ended.wait(every), lines_of(file)
+        last, lines = ended.wait(every), _so_far(file)
         if not lines or lines == drawn: continue
         picture, drawn = loss(pd.DataFrame(lines), kinds), lines
         if shown_as: shown_as.update(picture)

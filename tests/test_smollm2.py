@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from domain_adapt.params import load_params
 from domain_adapt.runs import Run, read_lines
 from servers.slurm import has_slurm, slurm
+from test_launch import hurry
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +118,13 @@ def test_on_two_nodes_a_killed_rank_requeues_the_job_and_the_bits_are_the_same(h
         ranks = [p for p in psutil.process_iter(["cmdline"]) if f"work('{out}" in " ".join(p.info["cmdline"] or []) and "torch.distributed.run" not in p.info["cmdline"]]
         assert len(ranks) == 2
         ranks[-1].kill()
-        said = child.communicate(timeout=900)[0]
+        os.environ |= environment
+        over = threading.Event()
+        threading.Thread(target=hurry, args=(out, over), daemon=True).start()
+        try: said = child.communicate(timeout=900)[0]
+        finally:
+            over.set()
+            for name in environment: del os.environ[name]
         assert child.returncode == 0, said[-3000:]
     log = (out / "log.txt").read_text()
     assert "restart 1" in log and "torchrun" not in said
