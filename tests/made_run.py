@@ -187,7 +187,7 @@ def notebook(path: Path, stage) -> nbformat.NotebookNode:
         tags = cell.metadata.get("tags", [])
         if "parameters" in tags or "work" in tags: continue
         tree = ast.parse(cell.source)
-        tree.body = [x for x in tree.body if "open_stage" not in ast.unparse(x)]
+        tree.body = [x for x in tree.body if not (isinstance(x, ast.Assign) and "open_stage" in ast.unparse(x))]
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, str(path), "exec"), scope)
         value = eval(compile(ast.Expression(last.value), str(path), "eval"), scope) if last else None
