@@ -6,7 +6,7 @@
 __all__ = ['FACTORIES', 'LONGEST_BLOCKED', 'ROWS', 'CHUNK', 'FAMILIES', 'cpu_torch', 'use_cpu_backend', 'RMSNorm', 'visible',
            'BlockAttention', 'CausalAttention', 'SwiGLU', 'transformer_engine', 'layer_spec', 'LinearCrossEntropy',
            'linear_cross_entropy', 'Llama', 'check_family', 'transformer_config', 'initialize', 'over_processes',
-           'build_model', 'trainable', 'inner', 'set_weights', 'gather_weights', 'mean_loss', 'update']
+           'build_model', 'trainable', 'inner', 'set_weights', 'gather_weights', 'mean_loss', 'grad_norm', 'update']
 
 # %% ../nbs/31_megatron.ipynb #1ef31ffd
 import functools, importlib.util, math, os, sys, types, warnings
@@ -284,7 +284,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
         layer.submodules.self_attention.submodules.core_attention = CausalAttention
     return layer
 
-# %% ../nbs/31_megatron.ipynb #99e834b9
+# %% ../nbs/31_megatron.ipynb #ce6f9bfb
 def _rows(logits: torch.Tensor) -> int:
     "Rows of logits to work on at a time: few stay in a CPU's cache, a GPU wants all."
     return len(logits) if logits.is_cuda else 64
@@ -294,9 +294,10 @@ def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     total, rows = logits.new_zeros((), dtype=torch.double), _rows(logits)
     for part, y, m in zip(logits.split(rows), labels.split(rows), mask.split(rows)):
         label, highest = part.gather(1, y[:, None])[:, 0].float(), part.amax(1).float()
-        p = part.softmax(-1, dtype=torch.float32)
-        losses = highest - p.amax(1).log() - label    # log Σ exp = highest logit − log of its probability
-        total += (losses * m).double().sum()
+        p = (part.float() - highest[:, None]).exp_()
+        sums = p.sum(1)    # torch's softmax adds up a long row less exactly
+        total += ((highest + sums.log() - label) * m).double().sum()
+        p.div_(sums[:, None])
         p[torch.arange(len(y), device=y.device), y] -= 1
         part.copy_(p)
         part[m == 0] = 0
@@ -542,7 +543,24 @@ def mean_loss(ddp: DistributedDataParallel, batches: list[dict]) -> tuple[float,
     ddp.train()
     return tuple(both)
 
-# %% ../nbs/31_megatron.ipynb #7a82d63a
+# %% ../nbs/31_megatron.ipynb #0f3c6260
+def _squares(grad: torch.Tensor, block: int = 4096) -> torch.Tensor:
+    "Σ x² in fp64, from the norms of blocks: one fp32 sum over a whole embedding is off by 1e-5."
+    flat = grad.detach().reshape(-1)
+    whole = len(flat) // block * block
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, block), dim=1)
+    return norms.double().square().sum() + torch.linalg.vector_norm(flat[whole:]).double().square()
+
+def grad_norm(optimizer) -> float:
+    "The norm of the ready gradients over all processes, as exact under every layout."
+    total = 0.0
+    for part in optimizer.chained_optimizers:
+        mine = torch.zeros((), dtype=torch.double, device="cuda" if torch.cuda.is_available() else "cpu")
+        for grad in part.get_main_grads_for_grad_norm(): mine += _squares(grad)
+        dist.all_reduce(mine, group=part.get_grad_stats_parallel_group())
+        total += mine.item()
+    return math.sqrt(total)
+
 def _step(optimizer, norm: float) -> None:
     "Clip the gradients, whose norm is known, and take the step."
     for part in optimizer.chained_optimizers:
@@ -560,7 +578,7 @@ def update(ddp: DistributedDataParallel, optimizer, batches: list[dict], lr: flo
     optimizer.zero_grad()
     for group in optimizer.param_groups: group["lr"] = lr
     total, count = _through(ddp, batches, learn=True)
-    overflow, norm = optimizer.prepare_grads(), optimizer.get_grad_norm()
+    overflow, norm = optimizer.prepare_grads(), grad_norm(optimizer)
     total, count, norm = over_processes(total, count, norm / dist.get_world_size())
     loss = total / max(1.0, count)
     accepted = accept(loss, norm)

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = "params/quickstart.yaml"
 SHORT = ["tokens.sequence_length=256", "train.steps=5", "train.global_batch=2", "train.micro_batch=1", "train.warmup=1", "train.precision=fp32",
-         "train.validation={every: 5, tokens: 512}", "train.save.every=1", "train.export_at=[1.0]"]
+         "train.validation={every: 5, tokens: 512}", "train.export_at=[1.0]"]
+SAVING = "train.save={every: 2, keep: 1}"
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +90,12 @@ def wait_for(out: Path, step: int, child: subprocess.Popen) -> None:
 @pytest.mark.equality
 def test_killed_it_ends_with_the_same_bits(home, one):
     new = apart(home, 4)
-    words, env = command(new)
+    words, env = command(new, SAVING)
     child = subprocess.Popen(words, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(folder(new), 3, child)
+    wait_for(folder(new), 4, child)
     for p in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]: p.kill()
     child.wait()
-    out = trained(new)
+    out = trained(new, SAVING)
     a, b = weights(one), weights(out)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert any(e["what"] == "resumed" for e in read_lines(out / "events.jsonl"))
@@ -110,11 +111,11 @@ def test_on_two_nodes_a_killed_rank_requeues_the_job_and_the_bits_are_the_same(h
     straight = trained(apart(home, 5), *layout)
     new = apart(home, 6)
     with slurm(tmp_path) as environment:
-        words, env = command(new, "train.launcher=slurm", "train.nodes=2", "train.processes=1", "train.distributed_optimizer=true",
+        words, env = command(new, "train.launcher=slurm", "train.nodes=2", "train.processes=1", "train.distributed_optimizer=true", SAVING,
                              "train.job={gpus: false, partition: main, time: '0:20:00', setup: ['export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1']}")
         child = subprocess.Popen(words, env=env | environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         out = folder(new)
-        wait_for(out, 2, child)
+        wait_for(out, 4, child)
         ranks = [p for p in psutil.process_iter(["cmdline"]) if f"work('{out}" in " ".join(p.info["cmdline"] or []) and "torch.distributed.run" not in p.info["cmdline"]]
         assert len(ranks) == 2
         ranks[-1].kill()
