@@ -146,7 +146,8 @@ def benchmarks(model, tokenizer) -> dict:
 def trainers(precision: str, steps: int = 4) -> list[dict]:
     """Training as in the quickstart against transformers' Trainer: same weights, batches, threads and AdamW; each in its own
     process, in turn step by step, the first step not counted. The second row's figures are gigabytes."""
-    env = dict(os.environ, OMP_NUM_THREADS=str(usable_cores()), MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    env = dict(os.environ, OMP_NUM_THREADS=str(usable_cores()), MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1",
+               GLOO_SOCKET_IFNAME="lo")
     script = Path(__file__).with_name("trainers.py")
     start = lambda who: subprocess.Popen([sys.executable, "-W", "ignore", script, who, precision, str(steps + 1)], env=env, text=True,
                                          bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -27,7 +27,7 @@ os.dup2(2, 1)
 class Step:
     "Waits to be asked for a step, then tells how long it took."
     def begin(self) -> None:
-        sys.stdin.readline()
+        if not sys.stdin.readline(): sys.exit("whoever asked for steps is gone")
         self.start = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
