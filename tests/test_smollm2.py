@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = "params/quickstart.yaml"
-SHORT = ["tokens.sequence_length=256", "train.steps=5", "train.global_batch=2", "train.micro_batch=1", "train.warmup=1", "train.precision=fp32",
-         "train.validation={every: 5, tokens: 512}", "train.export_at=[1.0]"]
+SHORT = ["tokens.sequence_length=128", "train.steps=5", "train.global_batch=2", "train.micro_batch=1", "train.warmup=1", "train.precision=fp32",
+         "train.validation={every: 5, tokens: 256}", "train.export_at=[1.0]"]
 SAVING = "train.save={every: 2, keep: 1}"
 
 
