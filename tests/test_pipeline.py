@@ -192,7 +192,8 @@ def test_an_empty_corpus(tmp_path, cli):
 
 @pytest.mark.fault
 def test_a_corpus_too_small_for_one_batch(copy, cli):
-    fails(cli("train", TINY_YAML, "--set", "train.global_batch=4096", "--set", "train.micro_batch=4096", env=at(copy)), "global_batch", "4096")
+    fails(cli("train", TINY_YAML, "--set", "train.global_batch=4096", "--set", "train.micro_batch=4096", "--set", "train.max_epochs=1000",
+              env=at(copy)), "global_batch", "4096")
     assert left(copy) == []
 
 
