@@ -73,7 +73,8 @@ def test_between_min_lr_and_lr_never_up_again_and_ends_at_min_lr(train):
     assert all(x >= train.min_lr - 1e-12 for x in after)
     assert all(b <= a + 1e-12 for a, b in zip(after, after[1:]))
     assert math.isclose(r[-1], train.min_lr, rel_tol=1e-9)
-    assert train.warmup < 1 or r[train.warmup - 1] == pytest.approx(1.0) or train.decay.cooldown * train.steps < .5
+    no_room = train.schedule == "infinite" and phases(train)[0] <= train.warmup    # the cool-down rounds to no step
+    assert train.warmup < 1 or no_room or r[train.warmup - 1] == pytest.approx(1.0)
 
 
 @given(trains(schedule="wsd"))

@@ -273,6 +273,7 @@ def test_blend_sums_to_one_and_keeps_replay(drawn, replay):
 
 def test_one_batch_is_enough():
     params = run(dict(c={}))
+    params = params.model_copy(update=dict(train=params.train.model_copy(update=dict(max_epochs=100.0))))
     counts = lambda tokens: pd.DataFrame([dict(corpus="c", split="train", documents=1, tokens=tokens)])
     check_mixture(params, mixture(params, counts(34)))
     with pytest.raises(UserError, match="33 training tokens"): check_mixture(params, mixture(params, counts(33)))
