@@ -20,6 +20,7 @@ CASES = {
     4: ["tp2_dp2_sp", "tp2_pp2", "tp4", "pp2_dp2_distributed-bf16", "tp2_cp2_sp_recompute-untied-separate"]}
 TABLE = ROOT / "nbs" / "parity.csv"
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
+NORM = {"fp32": 1e-5, "bf16": 3e-3}    # in bf16 the norm of so small a model is itself 2e-3 from fp32's
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,8 @@ SPLIT = [case for n, cases in CASES.items() for case in cases if not case.starts
 def test_a_layout_learns_what_one_process_does(case, results):
     found, result = row(case, results), results(case)
     allowed = TOLERANCE[found["precision"]]
-    assert max(found["loss"], found["grad_norm"], found["heldout"]) < allowed, found
-    assert found["weights"] < (2e-5 if allowed == 1e-5 else 1e-3) and result["moved"] > 4e-4
+    assert max(found["loss"], found["heldout"]) < allowed and found["grad_norm"] < NORM[found["precision"]], found
+    assert found["weights"] < (2e-5 if allowed == 1e-5 else 1.5e-4) and result["moved"] > (4e-4 if allowed == 1e-5 else 6e-5)
     assert result["applied"] == [True, True, False, True, True, True]
     assert result["loss"][2] == result["loss"][3] and result["norm"][2] == result["norm"][3]    # nothing changed between
     assert result["optimizer"] == ("DistributedOptimizer" if "distributed" in case else
@@ -88,9 +89,9 @@ def test_a_layout_learns_what_one_process_does(case, results):
 def test_the_cases_differ(results):
     "A comparison of equal runs would prove nothing: held-out losses fall, and each setting changes what is learnt."
     first = {case: results(case) for case in CASES[1]}
-    for result in first.values():
+    for case, result in first.items():
         losses = heldout(result)
-        assert all(after < before - 1e-3 for before, after in zip(losses[:2], losses[2:]))
+        assert all(after < before - (1e-4 if "bf16" in case else 1e-3) for before, after in zip(losses[:2], losses[2:]))
     for case in CASES[1][2:]: assert furthest(first[case]["norm"], first["one"]["norm"]) > 1e-4, case
     whole = first["one"]["parameters"]
     assert results("tp2")["parameters"] < 0.6 * whole and results("pp2")["parameters"] < 0.7 * whole
@@ -105,4 +106,5 @@ def test_the_table_in_the_notebook_is_of_these_cases(results):
     shown, names = pd.read_csv(TABLE, keep_default_na=False), ["layout", "also", "precision"]
     assert shown[names].values.tolist() == table[names].values.tolist()
     for precision, allowed in TOLERANCE.items():
-        assert (shown.loc[shown["precision"] == precision, ["loss", "grad_norm", "heldout"]] < allowed).all(axis=None)
+        rows = shown[shown["precision"] == precision]
+        assert (rows[["loss", "heldout"]] < allowed).all(axis=None) and (rows["grad_norm"] < NORM[precision]).all()
