@@ -79,9 +79,9 @@ def test_losses_and_norms_are_those_of_one_process(home, one, number, processes,
     assert a.keys() == b.keys() and (out / "mixture.csv").read_bytes() == (one / "mixture.csv").read_bytes()
 
 
-def wait_for(out: Path, step: int, child: subprocess.Popen) -> None:
+def wait_for_checkpoint(out: Path, child: subprocess.Popen) -> None:
     end = time.time() + 600
-    while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").read_text().count("\n") <= step:
+    while not (out / "checkpoints" / "latest.json").is_file():
         assert time.time() < end and child.poll() is None, child.communicate()
         time.sleep(0.05)
 
@@ -92,7 +92,7 @@ def test_killed_it_ends_with_the_same_bits(home, one):
     new = apart(home, 4)
     words, env = command(new, SAVING)
     child = subprocess.Popen(words, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(folder(new), 4, child)
+    wait_for_checkpoint(folder(new), child)
     for p in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]: p.kill()
     child.wait()
     out = trained(new, SAVING)
@@ -115,7 +115,7 @@ def test_on_two_nodes_a_killed_rank_requeues_the_job_and_the_bits_are_the_same(h
                              "train.job={gpus: false, partition: main, time: '0:20:00', setup: ['export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1']}")
         child = subprocess.Popen(words, env=env | environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         out = folder(new)
-        wait_for(out, 4, child)
+        wait_for_checkpoint(out, child)
         ranks = [p for p in psutil.process_iter(["cmdline"]) if f"work('{out}" in " ".join(p.info["cmdline"] or []) and "torch.distributed.run" not in p.info["cmdline"]]
         assert len(ranks) == 2
         ranks[-1].kill()
