@@ -11,7 +11,7 @@ report: .venv
 test: .venv
 	@bash tests/notebooks_agree.sh
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^(stages|[._].*)$$'
-	@$(BIN)/python -m pytest -q $(PYTEST)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lab: .venv
 	@$(BIN)/jupyter lab nbs

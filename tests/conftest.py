@@ -1,6 +1,7 @@
 """What several tests share: tiny models, the tiny run's files, and where real data may lie."""
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from domain_adapt.runs import STAGES
+from servers.slurm import has_slurm, slurm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # tiny models lose more to a second thread than they gain
+signal.signal(signal.SIGINT, signal.default_int_handler)    # what runs in the background may ignore it, and its children too
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny"
@@ -70,11 +73,19 @@ def tiny_run(tmp_path_factory, cli) -> Path:
     return outputs
 
 
+@pytest.fixture(scope="module")
+def slurm_here(tmp_path_factory):
+    "The environment that finds a Slurm of two nodes."
+    if not has_slurm(): pytest.skip("Slurm is not installed, or we are not root (apt: slurm-wlm munge)")
+    with slurm(tmp_path_factory.mktemp("slurm") / "at") as environment: yield environment
+
+
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run tests that take over a minute")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--run-slow"): return
     for item in items:
-        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="over a minute; --run-slow runs it"))
+        if {"server", "browser"} & {*item.keywords}: item.add_marker(pytest.mark.flaky(reruns=1))    # Chromium, Slurm and Ceph may be slow to come up
+        if "slow" in item.keywords and not config.getoption("--run-slow"):
+            item.add_marker(pytest.mark.skip(reason="over a minute; --run-slow runs it"))

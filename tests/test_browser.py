@@ -45,7 +45,7 @@ def opened(browser, page: Path, size: str = "desk", theme: str = "light"):
     tab.on("requestfailed", lambda r: wrong.append(f"failed: {r.url}"))
     tab.on("request", lambda r: r.url.startswith(("file:", "data:")) or asked.append(r.url))
     tab.goto(page.as_uri())
-    tab.wait_for_load_state("networkidle")
+    tab.evaluate("document.fonts.ready.then(() => new Promise(done => setTimeout(done, 500)))")    # what comes late is heard too
     yield tab
     context.close()
     assert not wrong and not asked

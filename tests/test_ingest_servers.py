@@ -14,7 +14,6 @@ from made_corpora import corpus, params, records, result, run, some_filings, som
 from servers.edgar import Edgar
 from servers.hub import Hub
 from servers.s3 import KEY, SECRET, ceph, has_ceph, rclone
-from servers.slurm import has_slurm, slurm
 
 from domain_adapt import clean, s3, workers
 from domain_adapt.params import UserError
@@ -30,12 +29,6 @@ from domain_adapt.params import validate
 Path(sys.argv[2]).mkdir(exist_ok=True)
 ingest(validate(json.loads(sys.argv[1])), {}, Path(sys.argv[2]))
 """
-
-
-@pytest.fixture(scope="module")
-def slurm_here(tmp_path_factory):
-    if not has_slurm(): pytest.skip("Slurm is not installed, or we are not root (apt: slurm-wlm munge)")
-    with slurm(tmp_path_factory.mktemp("slurm") / "at") as environment: yield environment
 
 
 @pytest.fixture

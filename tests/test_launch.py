@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from servers.slurm import has_slurm, slurm
 from test_train import write_tokens
 
 from domain_adapt import launch
@@ -185,12 +184,6 @@ def test_what_went_wrong_over_there_is_told_here(tmp_path):
 
 
 # ---- a Slurm of two nodes
-
-@pytest.fixture(scope="module")
-def slurm_here(tmp_path_factory):
-    if not has_slurm(): pytest.skip("Slurm is not installed, or we are not root (apt: slurm-wlm munge)")
-    with slurm(tmp_path_factory.mktemp("slurm") / "at") as environment: yield environment
-
 
 @pytest.fixture
 def cluster(slurm_here, monkeypatch):

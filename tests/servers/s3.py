@@ -93,7 +93,22 @@ rgw thread pool size = 16
 
 @contextlib.contextmanager
 def ceph(folder: Path) -> Iterator[str]:
-    "One Ceph monitor, one store in memory and a gateway; yields the endpoint. About ten seconds."
+    """One Ceph monitor, one store in memory and a gateway; yields the endpoint. About ten seconds.
+
+    On a busy machine the store may register before it was told the cluster's id and is refused; a new cluster is made then."""
+    for attempt in range(5):
+        at = folder / str(attempt)
+        try: endpoint = _start(at)
+        except (RuntimeError, TimeoutError, subprocess.SubprocessError):
+            _stop(at)
+            if attempt == 4: raise
+            continue
+        try: yield endpoint
+        finally: _stop(at)
+        return
+
+
+def _start(folder: Path) -> str:
     for name in ("mon", "osd", "rgw", "log", "run"): (folder / name).mkdir(parents=True)
     (folder / "keyring").touch()
     mon, port = free_ports(2)
@@ -101,30 +116,30 @@ def ceph(folder: Path) -> Iterator[str]:
     config.write_text(CEPH.format(fsid=fsid, at=folder, mon=mon, port=port))
 
     def do(*command: str) -> str:
-        done = subprocess.run([command[0], "-c", str(config), *command[1:]], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([command[0], "-c", str(config), *command[1:]], capture_output=True, text=True, timeout=120)
         if done.returncode: raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
         return done.stdout
 
     def answers() -> bool:
-        asked = subprocess.run(["ceph", "-c", str(config), "--connect-timeout", "5", "osd", "dump"], capture_output=True)
-        return asked.returncode == 0
+        return subprocess.run(["ceph", "-c", str(config), "--connect-timeout", "5", "osd", "dump"], capture_output=True).returncode == 0
 
-    try:
-        subprocess.run(["monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{mon}]", str(folder / "monmap")],
-                       check=True, capture_output=True)
-        do("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(folder / "monmap"))
-        do("ceph-mon", "-i", "a")
-        wait(answers, 60, "Ceph's monitor")
-        do("ceph", "osd", "new", str(uuid.uuid4()))
-        osd = json.loads(do("ceph", "osd", "dump", "-f", "json"))["osds"][0]["uuid"]
-        do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
-        do("ceph-osd", "-i", "0")
-        do("radosgw", "-n", "client.rgw")
-        wait(lambda: listens(f"http://127.0.0.1:{port}"), 60, "Ceph's gateway")
-        do("radosgw-admin", "user", "create", "--uid=test", "--display-name=test", f"--access-key={KEY}", f"--secret-key={SECRET}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        for name in ("client.rgw", "osd.0", "mon.a"): stop(folder / "run" / f"{name}.pid")
+    subprocess.run(["monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{mon}]", str(folder / "monmap")],
+                   check=True, capture_output=True)
+    do("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(folder / "monmap"))
+    do("ceph-mon", "-i", "a")
+    wait(answers, 60, "Ceph's monitor")
+    do("ceph", "osd", "new", str(uuid.uuid4()))
+    osd = json.loads(do("ceph", "osd", "dump", "-f", "json"))["osds"][0]["uuid"]
+    do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
+    do("ceph-osd", "-i", "0")
+    do("radosgw", "-n", "client.rgw")
+    wait(lambda: listens(f"http://127.0.0.1:{port}"), 120, "Ceph's gateway")
+    do("radosgw-admin", "user", "create", "--uid=test", "--display-name=test", f"--access-key={KEY}", f"--secret-key={SECRET}")
+    return f"http://127.0.0.1:{port}"
+
+
+def _stop(folder: Path) -> None:
+    for name in ("client.rgw", "osd.0", "mon.a"): stop(folder / "run" / f"{name}.pid")
 
 
 def stop(pid_file: Path) -> None:

@@ -33,6 +33,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 MailProg=/bin/true
+FirstJobId={first}
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -56,7 +57,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
     (folder / "munge.key").chmod(0o600)
     ctl, one, two = free_ports(3)
-    (folder / "slurm.conf").write_text(CONFIG.format(host=socket.gethostname().partition(".")[0], at=folder, ctl=ctl, one=one, two=two))
+    (folder / "slurm.conf").write_text(CONFIG.format(host=socket.gethostname().partition(".")[0], at=folder, ctl=ctl, one=one, two=two, first=secrets.randbelow(14000) + 1))
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
     environment = {"SLURM_CONF": str(folder / "slurm.conf")}
 
