@@ -20,7 +20,7 @@ from domain_adapt import checkpoints, megatron
 from domain_adapt.params import Save, Train, UserError
 from domain_adapt.checkpoints import Checkpoints, damage, listed, steps
 
-LAST = 20
+LAST = 45
 SETTINGS = Train(steps=100, lr=1e-2)
 
 
@@ -106,7 +106,8 @@ def killed_at_random(folder: Path) -> dict:
         started = os.read(read, 1)    # loaded; or ended
         os.close(read)
         if kills < 14 and started:
-            time.sleep(drawn.uniform(0, 0.6))
+            at, end = steps(folder)[0], time.monotonic() + drawn.uniform(0, 0.6)
+            while time.monotonic() < end and steps(folder)[0] < at + 2: time.sleep(0.001)    # not all on a fast machine
             children = psutil.Process(pid).children(recursive=True)
             os.kill(pid, signal.SIGKILL)
         code = ended(pid)
@@ -132,6 +133,7 @@ def one_save(folder: Path, kill_at: int, told: int) -> None:
     kept.save(ddp, optimizer, step + 1, {})
     kept.finish()
     os.write(told, bytes([count[0]]))
+    os._exit(0)    # what Python tidies up on its way out is not of the save
 
 
 def killed_at_each_change(folder: Path) -> dict:
