@@ -182,7 +182,7 @@ def _code(stage: str) -> dict[str, str]:
     code = {str(f.relative_to(PACKAGE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     return {"work": digest(_cells(stage, "work")), **code}
 
-# %% ../nbs/02_runs.ipynb #61a3b2c4
+# %% ../nbs/02_runs.ipynb #2e40c808
 def local_path(path: str) -> Path | None:
     "`path` if it exists: absolute, or below the current folder or this clone. None otherwise."
     found = (p for p in (Path(path).expanduser(), ROOT / path) if p.exists())
@@ -211,7 +211,8 @@ def _section(params: Params, stage: str) -> Any:
                            [(n, s.data, fingerprint(s.data)) for n, s in params.evaluate.suites.items() if params.ingest.decontaminate]],
         "tokens": lambda: [p["model"], fingerprint(params.model), {n: c["heldout"] for n, c in p["corpora"].items()}, p["tokens"], p["seed"]],
         "train": lambda: [_what_is_learnt(p["train"]), p["seed"], params.train.checkpoint and fingerprint(params.train.checkpoint)],
-        "merge": lambda: [p["base"], params.base and fingerprint(params.base), p["merge"], p["seed"], evaluate["perplexity"], evaluate["precision"]],
+        "merge": lambda: [p["base"], params.base and fingerprint(params.base), p["merge"], [fingerprint(m) for m in params.merge.models.values()],
+                          p["seed"], evaluate["perplexity"], evaluate["precision"]],
         "evaluate": lambda: [evaluate, p["seed"], [fingerprint(s.data) for s in params.evaluate.suites.values()]],
         "report": lambda: [p["run"], p["report"]]}[stage]()
 
