@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SLICE', 'QUERIES', 'DTYPES', 'COLUMNS', 'CONTRACT', 'Block', 'prefix_token', 'document_blocks', 'spread',
-           'heldout_blocks', 'linear_head', 'block_nll', 'blockwise_attention', 'fast_attention', 'score_blocks',
-           'summarise', 'comparisons']
+           'heldout_blocks', 'selection_blocks', 'linear_head', 'block_nll', 'blockwise_attention', 'fast_attention',
+           'score_blocks', 'summarise', 'comparisons']
 
-# %% ../nbs/41_perplexity.ipynb #b0c39e18
+# %% ../nbs/41_perplexity.ipynb #4c9bcee1
 import contextlib, re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from transformers import AttentionInterface
 from .models import tune_cpu
 from .params import Corpus, UserError
 from .runs import progress, read_lines
-from .stats import bits_per_byte, draws, interval, paired
+from .stats import bits_per_byte, draws, interval, paired, shares
 
 # %% ../nbs/41_perplexity.ipynb #05665fde
 @dataclass(frozen=True)
@@ -67,30 +68,50 @@ def spread(lengths: Sequence[int], most: int) -> list[int]:
         if lengths[picked].sum() <= most: return picked.tolist()
     return []
 
-# %% ../nbs/41_perplexity.ipynb #13eb723a
-def _corpus_blocks(folder: Path, name: str, kind: str, tokenizer, max_tokens: int, size: int) -> list[Block]:
-    "Blocks of one corpus, halves in turn. Raises `UserError` where they are too few to make two halves."
+# %% ../nbs/41_perplexity.ipynb #864683af
+def _corpus_blocks(folder: Path, name: str, kind: str, tokenizer, size: int) -> list[Block]:
+    "All held-out blocks of one corpus, the halves in turn."
     documents = read_lines(folder / f"{name}_heldout.jsonl.gz")
     found = [(d["id"], w) for d in documents for w in document_blocks(d["text"], tokenizer, size)]
-    picked = [found[i] for i in spread([len(w["ids"]) for _, w in found], max_tokens)]
-    if found and len(picked) < 2:
-        raise UserError(f"corpora.{name}: its held-out text gives {len(picked)} block(s) of "
-                        f"evaluate.perplexity.block = {size} tokens within evaluate.perplexity.max_tokens = "
-                        f"{max_tokens}; two halves need 2: hold out more, or choose smaller blocks")
     return [Block(corpus=name, kind=kind, document=document, half=("select", "report")[i % 2], **w)
-            for i, (document, w) in enumerate(picked)]
+            for i, (document, w) in enumerate(found)]
 
-def heldout_blocks(tokens_folder: str | Path, corpora: Mapping[str, Corpus], tokenizer, max_tokens: int,
-                   block: int) -> list[Block]:
-    """At most `max_tokens` of each corpus that holds documents out, in windows of `block` tokens, alternately
-    of the halves `select` and `report`. Raises `UserError` where no domain corpus has any, or where a corpus
-    is too small for halves."""
-    found = [b for name, c in progress(corpora.items(), description="read held-out text")
-             for b in _corpus_blocks(Path(tokens_folder), name, c.kind, tokenizer, max_tokens, block)]
-    if not any(b.kind == "domain" for b in found):
+def _all_blocks(folder: Path, corpora: Mapping[str, Corpus], tokenizer, size: int) -> dict[str, list[Block]]:
+    "All held-out blocks by corpus. Raises `UserError` where no domain corpus has any."
+    found = {name: _corpus_blocks(folder, name, c.kind, tokenizer, size)
+             for name, c in progress(corpora.items(), description="read held-out text")}
+    if not any(b and b[0].kind == "domain" for b in found.values()):
         raise UserError("corpora: no domain corpus has held-out documents, so the adaptation cannot be "
                         "measured; set heldout")
     return found
+
+def _thinned(blocks: list[Block], half: str, most: int) -> list[Block]:
+    "Evenly spaced blocks of a half, at most `most` tokens."
+    mine = [b for b in blocks if b.half == half]
+    return [mine[i] for i in spread([len(b.ids) for b in mine], most)] if mine else []
+
+# %% ../nbs/41_perplexity.ipynb #b20a2b51
+def heldout_blocks(tokens_folder: str | Path, corpora: Mapping[str, Corpus], tokenizer, max_tokens: int,
+                   block: int) -> list[Block]:
+    """At most `max_tokens` of each corpus that holds documents out, in windows of `block` tokens, half of them of
+    each half {select, report}. Raises `UserError` where no domain corpus has any, or one is too small for halves."""
+    found = []
+    for name, blocks in _all_blocks(Path(tokens_folder), corpora, tokenizer, block).items():
+        halves = [_thinned(blocks, half, max_tokens // 2) for half in ("select", "report")]
+        if blocks and not all(halves):
+            raise UserError(f"corpora.{name}: its held-out text gives {len(blocks)} block(s) of "
+                            f"evaluate.perplexity.block = {block} tokens within evaluate.perplexity.max_tokens = "
+                            f"{max_tokens}; two halves need 2: hold out more, or choose smaller blocks")
+        found += [b for pair in zip_longest(*halves) for b in pair if b]
+    return found
+
+def selection_blocks(tokens_folder: str | Path, corpora: Mapping[str, Corpus], tokenizer, max_tokens: int,
+                     block: int) -> list[Block]:
+    """Blocks of the half `select`, at most `max_tokens` over all corpora: equal shares, and what one corpus does not
+    have the others give. Raises `UserError` where no domain corpus has any."""
+    found = {n: b for n, b in _all_blocks(Path(tokens_folder), corpora, tokenizer, block).items() if b}
+    sizes = [sum(len(b.ids) for b in blocks if b.half == "select") for blocks in found.values()]
+    return [b for blocks, most in zip(found.values(), shares(sizes, max_tokens)) for b in _thinned(blocks, "select", most)]
 
 # %% ../nbs/41_perplexity.ipynb #65e7ca50
 SLICE = 256
@@ -179,7 +200,7 @@ def score_blocks(model, blocks: Sequence[Block], variant: str) -> pd.DataFrame:
             bar.update(len(b.ids))
     return pd.DataFrame(rows, columns=COLUMNS)
 
-# %% ../nbs/41_perplexity.ipynb #779db4d3
+# %% ../nbs/41_perplexity.ipynb #c98047f4
 CONTRACT = ("variant tokens_seen corpus kind half documents blocks tokens bytes token_perplexity "
             "word_perplexity byte_perplexity bits_per_byte ci_low ci_high dtype").split()
 
@@ -187,7 +208,7 @@ def _summary(b: pd.DataFrame, half: str, seed: int) -> Iterator[dict]:
     "One row for each variant and corpus of the blocks of one half."
     drawn = draws(b, seed)
     for (variant, corpus), g in b.groupby(["variant", "corpus"], sort=False):
-        nll, x = g["nll"].sum(), drawn[corpus][variant]
+        nll, x = g["nll"].sum(skipna=False), drawn[corpus][variant]
         per = lambda what: float(np.exp(nll / g[what].sum()))
         low, high = interval(x)
         yield dict(variant=variant, corpus=corpus, kind=g["kind"].iloc[0], half=half, blocks=len(g),

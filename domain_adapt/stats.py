@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FEW', 'DRAWS', 'POWER', 'units', 'unit_label', 'resample', 'ratio_draws', 'interval', 'bits_per_byte', 'draws',
            'Paired', 'paired', 'wilson', 'mcnemar', 'benjamini_hochberg', 'verdict', 'forgetting', 'recovery',
-           'retention']
+           'retention', 'by_kind', 'shares', 'evenly']
 
-# %% ../nbs/40_stats.ipynb #8f0d3243
+# %% ../nbs/40_stats.ipynb #3269ef43
+from collections.abc import Sequence
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
@@ -50,14 +51,15 @@ def interval(drawn: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(drawn[1:], [0.025, 0.975])
     return float(low), float(high)
 
-# %% ../nbs/40_stats.ipynb #6ba65336
+# %% ../nbs/40_stats.ipynb #0a35057a
 def bits_per_byte(nll: float | np.ndarray, size: float | np.ndarray) -> float | np.ndarray:
     "Nats over bytes as bits per byte: −ΣLL / (Σbytes · ln 2), as lm-eval has it."
     return nll / (size * np.log(2))
 
 def draws(blocks: pd.DataFrame, seed: int) -> dict[str, dict[str, np.ndarray]]:
     """Draws of bits per byte by corpus and variant. `blocks`: variant, corpus, document, block, bytes, nll;
-    one half of the blocks or all. Raises `ValueError` where a variant lacks blocks that another has."""
+    one half of the blocks or all. All NaN where a variant's nll is not finite. Raises `ValueError` where a variant
+    lacks blocks that another has."""
     found = {}
     for corpus, b in blocks.groupby("corpus", sort=False):
         unit = units(b)
@@ -65,6 +67,7 @@ def draws(blocks: pd.DataFrame, seed: int) -> dict[str, dict[str, np.ndarray]]:
         counts = b.groupby("variant").size()
         if nats.isna().any(axis=None) or counts.nunique() > 1:
             raise ValueError(f"{corpus}: variants differ in their blocks: {dict(counts)}")
+        nats[list(b.loc[~np.isfinite(b["nll"]), "variant"].unique())] = np.nan
         size = b[b["variant"] == nats.columns[0]].groupby(unit, sort=False)["bytes"].sum().loc[nats.index]
         drawn = bits_per_byte(ratio_draws(nats.to_numpy(), size.to_numpy(), seed), 1)
         found[corpus] = {v: drawn[:, i] for i, v in enumerate(nats.columns)}
@@ -121,18 +124,42 @@ def verdict(difference: float, q: float, lower_is_better: bool = False) -> str:
 
 # %% ../nbs/40_stats.ipynb #c1619c76
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    "`part / whole` draw by draw; all NaN where the interval of `whole` covers 0 or is undefined."
-    low, high = interval(whole)
-    return part / whole if low > 0 or high < 0 else np.full_like(whole, np.nan)
+    "`part / whole` draw by draw; all NaN unless the interval of `whole` lies above 0."
+    return part / whole if interval(whole)[0] > 0 else np.full_like(whole, np.nan)
 
 def forgetting(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     "Mean over tasks (rows; columns are draws) of max(0, before − after)."
     return np.maximum(0, np.asarray(before) - np.asarray(after)).mean(axis=0)
 
 def recovery(before: np.ndarray, cpt: np.ndarray, merged: np.ndarray) -> np.ndarray:
-    "Share of what training forgot that a merge brings back: (merged − cpt) / (before − cpt), from draws."
+    """Share of what training forgot that a merge brings back: (merged − cpt) / (before − cpt), from draws of scores
+    of which more is better. NaN where nothing was forgotten."""
     return _share(merged - cpt, before - cpt)
 
 def retention(before: np.ndarray, cpt: np.ndarray, merged: np.ndarray) -> np.ndarray:
-    "Share of what training gained that the merge keeps: (merged − before) / (cpt − before), from draws."
+    """Share of what training gained that the merge keeps: (merged − before) / (cpt − before), from draws of scores
+    of which more is better. NaN where nothing was gained."""
     return _share(merged - before, cpt - before)
+
+# %% ../nbs/40_stats.ipynb #af564894
+def by_kind(blocks: pd.DataFrame, seed: int) -> dict[str, dict[str, np.ndarray]]:
+    "Draws of mean bits per byte over the corpora of each kind {domain, general}, by kind and variant."
+    kinds, found = blocks.groupby("corpus")["kind"].first(), {}
+    for corpus, by in draws(blocks, seed).items(): found.setdefault(kinds[corpus], []).append(by)
+    return {kind: {v: np.mean([by[v] for by in many], axis=0) for v in many[0]} for kind, many in found.items()}
+
+# %% ../nbs/40_stats.ipynb #3f06c6b1
+def shares(sizes: Sequence[int], limit: int | None) -> list[int]:
+    "How many items each part gives so that there are `limit` in all, as equal as the parts' sizes allow."
+    left = sum(sizes) if limit is None else min(limit, sum(sizes))
+    given = [0] * len(sizes)
+    while left:
+        room = {i: n - given[i] for i, n in enumerate(sizes) if given[i] < n}
+        each = max(1, min(left // len(room), *room.values()))
+        for i in list(room)[:left]: given[i] += each
+        left -= each * min(left, len(room))
+    return given
+
+def evenly(n: int, k: int) -> list[int]:
+    "`k` evenly spaced positions out of `n`."
+    return ((np.arange(k) + 0.5) * n / k).astype(int).tolist() if k else []

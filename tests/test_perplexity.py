@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from domain_adapt import perplexity
 from domain_adapt.models import load_model, load_tokenizer
 from domain_adapt.params import Corpus, UserError
-from domain_adapt.perplexity import block_nll, comparisons, document_blocks, heldout_blocks, score_blocks, spread, summarise
+from domain_adapt.perplexity import block_nll, comparisons, document_blocks, heldout_blocks, score_blocks, selection_blocks, spread, summarise
 
 CONTRACT = ("variant,tokens_seen,corpus,kind,half,documents,blocks,tokens,bytes,token_perplexity,word_perplexity,byte_perplexity,"
             "bits_per_byte,ci_low,ci_high,dtype").split(",")
@@ -141,15 +141,31 @@ def test_spread_stays_within_the_limit_and_uses_it(lengths, most):
 
 def test_halves_alternate_and_both_read_every_part_of_the_text(blocks, held):
     wiki = [b for b in blocks if b.corpus == "wiki"]
-    assert [b.half for b in wiki] == (["select", "report"] * len(wiki))[:len(wiki)]
+    assert [b.half for b in wiki][:6] == ["select", "report"] * 3
     for half in ("select", "report"):
         at = [int(b.document.split("-")[1]) for b in wiki if b.half == half]
         assert at == sorted(at) and at[0] < 4 and at[-1] > 39
     assert {b.corpus for b in blocks} == {"sec", "wiki"} and sum(len(b.ids) for b in wiki) <= 6000
 
 
+@settings(max_examples=25, deadline=None)
+@given(reported=st.integers(200, 9000), chosen_on=st.integers(0, 9000))
+def test_what_is_chosen_on_and_what_is_reported_never_share_a_block(held, tokenizer, reported, chosen_on):
+    blocks = lambda found, half: {(b.corpus, b.document, b.block) for b in found if b.half == half}
+    report, select = heldout_blocks(*held, tokenizer, reported, 48), selection_blocks(*held, tokenizer, chosen_on, 48)
+    assert len(blocks(select, "select")) == len(select) and sum(len(b.ids) for b in select) <= chosen_on
+    assert not blocks(select, "select") & blocks(report, "report") and blocks(report, "report")
+
+
+def test_what_one_corpus_lacks_the_other_gives(held, tokenizer):
+    every = selection_blocks(*held, tokenizer, 10**9, 48)
+    size = lambda found, corpus: sum(len(b.ids) for b in found if b.corpus == corpus)
+    found = selection_blocks(*held, tokenizer, most := size(every, "sec") + 2000, 48)
+    assert size(every, "wiki") > 4000 and size(found, "sec") == size(every, "sec") and most - 100 < sum(len(b.ids) for b in found) <= most
+
+
 def test_too_little_text_for_two_halves_is_an_error(held, tokenizer):
-    with pytest.raises(UserError, match=r"corpora.sec: .* 1 block\(s\) of evaluate.perplexity.block = 500 .*max_tokens = 200"):
+    with pytest.raises(UserError, match=r"corpora.sec: .* block\(s\) of evaluate.perplexity.block = 500 .*max_tokens = 200"):
         heldout_blocks(*held, tokenizer, max_tokens=200, block=500)
 
 

@@ -66,6 +66,14 @@ def test_variants_must_share_their_blocks():
     with pytest.raises(ValueError, match="sec: variants differ"): stats.draws(b.iloc[:-1], 0)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_block_that_is_no_number_costs_its_variant_all_and_others_nothing(bad):
+    b = pd.DataFrame([dict(variant=v, corpus="sec", document=d, block=0, bytes=1000, nll=700.0 + d) for v in ("a", "b") for d in range(25)])
+    burst = b.assign(nll=b["nll"].where((b["variant"] == "a") | (b["document"] != 3), bad))
+    found, whole = stats.draws(burst, 0)["sec"], stats.draws(b, 0)["sec"]
+    assert np.isnan(found["b"]).all() and np.array_equal(found["a"], whole["a"])
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
     b = made({"a": 1.0}, 25)
     one, two, other = (stats.draws(b, s)["sec"]["a"] for s in (0, 0, 1))
@@ -161,6 +169,7 @@ def test_recovery_and_retention_are_shares_or_undefined():
     low, high = stats.interval(kept)
     assert low < 0.5 < high and kept[0] == pytest.approx(0.5, abs=0.05)
     assert stats.recovery(drawn["cpt"], drawn["before"], drawn["cpt"])[0] == 1
+    assert np.isnan(stats.recovery(drawn["before"], drawn["cpt"], drawn["half"])).all()    # nothing was forgotten
     noise = {v: -x for v, x in stats.draws(made({"before": 1.0, "cpt": 1.0, "half": 0.9}, 40), 0)["sec"].items()}
     assert np.isnan(stats.retention(noise["before"], noise["cpt"], noise["half"])).all()
 
