@@ -9,10 +9,17 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from domain_adapt.params import Select, UserError, validate
-from domain_adapt.sweep import COLUMNS, choose, measure, merge_candidates, on_front
+from domain_adapt import sweep
+from domain_adapt.benchmarks import read_blocks
+from domain_adapt.merge import merge
+from domain_adapt.params import Merge, Select, UserError, validate
+from domain_adapt.recipe import recipes
+from domain_adapt.runs import write_csv
+from domain_adapt.search import Scorer, candidates, sources
+from domain_adapt.sweep import BEHIND, COLUMNS, choose, foreseen, measure, merge_candidates, on_front, preview
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8))
@@ -20,6 +27,8 @@ from domain_adapt.sweep import COLUMNS, choose, measure, merge_candidates, on_fr
 def test_front_is_who_is_not_beaten(points):
     beaten = [any(all(x <= y for x, y in zip(q, p)) and q != p for q in points) for p in points]
     assert on_front(np.array(points, float)).tolist() == [not b for b in beaten]
+    burst = [*points, (math.nan, 0), (math.nan, math.nan)]
+    assert on_front(np.array(burst, float)).tolist() == [*(not b for b in beaten), False, False]
 
 
 def table(**rows):
@@ -72,6 +81,12 @@ class TestRule:
         rows = {n: (*v[:3], 0.5, n in ("original", "cpt")) for n, v in self.rows.items()}
         s = choose(table(**rows), Select())
         assert s["order"] == s["kept"] == [] and s["winner"] is None
+
+
+def test_a_bursting_merge_does_not_spoil_the_other_rows_of_its_file(tmp_path):
+    rows = pd.DataFrame(dict(variant=["a", "b"], corpus="NA", document=["1", "2"], block=0, nll=[0.1 + 0.2, math.nan]))
+    write_csv(tmp_path / "blocks.csv", rows)
+    assert read_blocks(tmp_path / "blocks.csv").equals(rows)
 
 
 def test_measures_are_the_formulae():
@@ -138,42 +153,163 @@ def done(stage, tmp_path_factory):
     return out
 
 
+FILES = {"geometry.csv", "weights.csv", "blocks.csv", "sweep.csv", "seeds.csv", "predictions.csv", "density.csv", "plane.csv", "selection.json"}
+ALL = dict(grid=[dict(method="linear", weight=[0.3, [0.2, 0.8]])], search=dict(trials=4, depth=2), max_tokens=700,
+           landscape=dict(densities=[0.5], plane=3, max_tokens=200))
+
+
+def chosen(folder): return json.loads((folder / "selection.json").read_text())
+
+
 class TestStage:
     def test_files_and_columns(self, done):
-        assert {f.name for f in done.iterdir()} == {c["name"] for c in CANDIDATES} | {
-            "geometry.csv", "blocks.csv", "sweep.csv", "selection.json"}
+        assert {f.name for f in done.iterdir()} == set(chosen(done)["kept"]) | FILES and chosen(done)["kept"]
         sweep = pd.read_csv(done / "sweep.csv")
-        assert list(sweep) == COLUMNS
+        assert list(sweep) == [*COLUMNS, *BEHIND]
         assert list(sweep["name"]) == ["original", "cpt", *(c["name"] for c in CANDIDATES)]
         assert json.loads(sweep.set_index("name").parameters["dare-70"]) == {
             "weight": 0.7, "density": 0.5, "normalize": False, "seed": 3}
-        assert np.isfinite(sweep[["domain_bits_per_byte", "general_bits_per_byte"]]).all(axis=None)
-        assert sweep.on_front.any()
+        measured = sweep[["domain_bits_per_byte", "general_bits_per_byte", *BEHIND[1:-1]]]
+        assert np.isfinite(measured).all(axis=None) and sweep.on_front.any()
+        for k in ("domain", "general"):
+            assert sweep[f"{k}_bits_per_byte"].between(sweep[f"{k}_low"], sweep[f"{k}_high"]).all()
+
+    def test_every_seed_of_a_mask_is_scored_and_the_first_stands_in_the_sweep(self, done):
+        seeds, sweep = pd.read_csv(done / "seeds.csv"), pd.read_csv(done / "sweep.csv").set_index("name")
+        assert seeds["name"].unique().tolist() == ["dare-70"] and seeds["seed"].tolist() == [3, 4, 5]
+        assert seeds["domain_bits_per_byte"].nunique() == 3
+        assert seeds["domain_bits_per_byte"][0] == sweep["domain_bits_per_byte"]["dare-70"]
 
     def test_select_half_of_every_variant_and_no_other(self, done):
         blocks = pd.read_csv(done / "blocks.csv")
         assert set(blocks.half) == {"select"} and set(blocks.dtype) == {"fp32"}
-        assert set(blocks.variant) == {"original", "cpt"} | {f"merge:{c['name']}" for c in CANDIDATES}
+        assert set(blocks.variant) == {"original", "cpt", "merge:dare-70@4", "merge:dare-70@5"} | {f"merge:{c['name']}" for c in CANDIDATES}
         assert blocks.groupby("variant").size().nunique() == 1
+        assert chosen(done)["scored_on"] == blocks[blocks.variant == "cpt"].groupby("corpus", sort=False).size().to_dict()
 
     def test_the_choice_tells_its_rule_and_the_cancellation(self, done):
-        chosen = json.loads((done / "selection.json").read_text())
-        assert set(chosen["notes"]) == {"ties-70", "dare-70"} and chosen["rule"]
-        assert "normalize: false is used" in chosen["notes"]["ties-70"]
-        assert set(chosen["kept"]) <= set(chosen["order"]) <= {c["name"] for c in CANDIDATES}
+        told = chosen(done)
+        assert {"ties-70", "dare-70"} <= set(told["notes"]) and told["rule"] and told["failed"] == {}
+        assert "normalize: false is used" in told["notes"]["ties-70"]
+        assert set(told["kept"]) <= set(told["order"]) <= {c["name"] for c in CANDIDATES}
 
     @pytest.mark.equality
-    def test_again_gives_the_same_bytes(self, done, stage, tmp_path):
+    def test_again_gives_the_same_bytes_grid_search_and_landscape_too(self, stage, tmp_path):
         folders, params = stage
+        every = params()
+        every = every.model_copy(update={"merge": Merge.model_validate(every.merge.model_dump() | ALL)})
+        for at in ("a", "b"):
+            (tmp_path / at).mkdir()
+            merge_candidates(every, folders, tmp_path / at)
+        files = sorted(f.relative_to(tmp_path / "a") for f in (tmp_path / "a").rglob("*") if f.is_file())
+        assert files == sorted(f.relative_to(tmp_path / "b") for f in (tmp_path / "b").rglob("*") if f.is_file())
+        assert not [f for f in files if (tmp_path / "a" / f).read_bytes() != (tmp_path / "b" / f).read_bytes()]
+        sweep = pd.read_csv(tmp_path / "a" / "sweep.csv")
+        assert sweep["source"].value_counts().to_dict() == {"listed": 4, "search": 4, "grid": 2}
+        assert {"linear-w0.3", "linear-w0.2_0.8", "search-0", "search-3"} <= set(sweep["name"])
+        assert pd.read_csv(tmp_path / "a" / "seeds.csv").groupby("name").size().loc["dare-70"] == 3
+        assert set(pd.read_csv(tmp_path / "a" / "plane.csv")) >= {"cpt@4", "original", "cpt", "kind", "bits_per_byte"}
+        assert set(pd.read_csv(tmp_path / "a" / "density.csv")["density"]) == {0.5, 1.0}
+
+    def test_nothing_is_written_while_candidates_are_scored(self, stage, tmp_path, monkeypatch):
+        folders, params = stage
+        seen, real = [], Scorer.__call__
+        monkeypatch.setattr(Scorer, "__call__", lambda *words: seen.append(sorted(f.name for f in tmp_path.iterdir())) or real(*words))
         merge_candidates(params(), folders, tmp_path)
-        files = ("sweep.csv", "blocks.csv", "geometry.csv", "selection.json", "dare-70/model.safetensors")
-        assert [(done / f).read_bytes() for f in files] == [(tmp_path / f).read_bytes() for f in files]
+        assert len(seen) == 6 and all(names == ["geometry.csv"] for names in seen)
+
+    @pytest.mark.equality
+    def test_a_merge_in_memory_scores_as_the_same_on_the_disk(self, stage, tiny_llama, tmp_path):
+        folders, params = stage
+        models, _ = sources(params(), folders["train"])
+        score = Scorer(params(), folders["tokens"], models)
+        for c in params().merge.candidates:
+            recipe = recipes(c, seed=3)[0]
+            merge(recipe, models, tmp_path / c.name)
+            assert score(recipe)["nll"].tolist() == score.folder(tmp_path / c.name, "x")["nll"].tolist()
+
+    def test_other_models_and_checkpoints_can_be_named(self, stage, make_model, tmp_path):
+        folders, params = stage
+        make_model(tmp_path / "other", seed=5)
+        (tmp_path / "out").mkdir()
+        own = dict(merge_method="linear", models=[dict(model=m, parameters=dict(weight=w)) for m, w in (("cpt@4", 0.5), ("other", 0.1), ("cpt", 0.4))], dtype="float32")
+        asked = params([dict(name="three", mergekit=own)])
+        asked = asked.model_copy(update={"merge": asked.merge.model_copy(update={"models": {"other": str(tmp_path / "other")}})})
+        merge_candidates(asked, folders, tmp_path / "out")
+        weights = pd.read_csv(tmp_path / "out" / "weights.csv")
+        assert weights.groupby("model")["weight"].first().round(6).to_dict() == {"cpt": 0.4, "cpt@4": 0.5, "other": 0.1}
+        own["models"][0]["model"] = "nobody"
+        with pytest.raises(UserError, match="merge.candidates.three: there is no model nobody, other; there are original, cpt"):
+            merge_candidates(params([dict(name="three", mergekit=own)]), folders, tmp_path / "out")
+
+    def test_what_fails_its_checks_is_told_removed_and_replaced(self, stage, done, tmp_path, monkeypatch):
+        folders, params = stage
+        first = chosen(done)["kept"][0]
+        real = sweep.merge
+        def damaged(recipe, models, out):
+            note = real(recipe, models, out)
+            if recipe.name == first:
+                weights = load_file(out / "model.safetensors")
+                save_file({k: t * (1.01 if "norm" in k else 1) for k, t in weights.items()}, out / "model.safetensors")
+            return note
+        monkeypatch.setattr(sweep, "merge", damaged)
+        merge_candidates(params(), folders, tmp_path)
+        told = chosen(tmp_path)
+        assert list(told["failed"]) == [first] and "as it was chosen" in told["failed"][first]
+        assert first not in told["kept"] and told["winner"] != first and not (tmp_path / first).exists()
+        assert {f.name for f in tmp_path.iterdir()} == set(told["kept"]) | FILES
+
+    @pytest.mark.parametrize("said", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")])
+    def test_a_full_disk_is_no_failed_merge(self, stage, tmp_path, monkeypatch, said):
+        folders, params = stage
+        def full(recipe, models, out): raise UserError(f"{out}: could not be written: {said}") from said
+        monkeypatch.setattr(sweep, "merge", full)
+        with pytest.raises(UserError, match="No space left"): merge_candidates(params(), folders, tmp_path)
+
+    def test_a_merge_that_bursts_stands_behind_all_others_and_stops_nothing(self, stage, tmp_path, monkeypatch):
+        folders, params = stage
+        real, burst = Scorer.__call__, ("linear-50", "search-1")
+        scored = lambda self, recipe, *blocks: real(self, recipe, *blocks).assign(**{"nll": math.nan} if recipe.name in burst else {})
+        monkeypatch.setattr(Scorer, "__call__", scored)
+        every = params(CANDIDATES[:2])
+        merge_candidates(every.model_copy(update={"merge": Merge.model_validate(every.merge.model_dump() | dict(search=dict(trials=4)))}), folders, tmp_path)
+        table = pd.read_csv(tmp_path / "sweep.csv").set_index("name")
+        assert table.loc[list(burst), "domain_bits_per_byte"].isna().all() and not table.loc[list(burst), "on_front"].any()
+        assert chosen(tmp_path)["kept"] and not set(burst) & set(chosen(tmp_path)["order"]) and chosen(tmp_path)["failed"] == {}
+
+    def test_the_passages_are_of_the_blocks_that_merges_are_chosen_on(self, stage):
+        folders, params = stage
+        wide = params(evaluate=dict(perplexity=dict(max_tokens=512, block=128), precision="fp32"))
+        score = Scorer(wide, folders["tokens"], sources(wide, folders["train"])[0])
+        at = {(b.corpus, b.document, b.block): b for b in score.blocks}
+        assert len(score.passages) == min(50, sum(-(-len(b.ids) // 64) for b in score.blocks))
+        for p in score.passages:
+            ids = at[p.corpus, p.document, p.block].ids
+            assert any(ids[i:i + 64] == p.ids for i in range(0, len(ids), 64)) and p.bytes > 0
+
+    def test_the_weights_are_shown_before_anything_is_merged(self, stage, done):
+        folders, params = stage
+        table, notes = preview(params(), folders)
+        assert set(table["name"]) == {c["name"] for c in CANDIDATES} and "normalize: false is used" in notes["ties-70"]
+        share = table[(table["name"] == "linear-50") & (table["model"] == "cpt")]["weight"]
+        assert (share == 0.5).all() and len(share) > 4
+
+    def test_what_the_lint_says_is_said_before_there_is_a_model(self, stage, tiny_llama):
+        folders, params = stage
+        config = json.loads((tiny_llama / "config.json").read_text())
+        assert foreseen(params(), config) == preview(params(), folders)[1]
+        del config["architectures"]    # as in the published shapes
+        both = [*CANDIDATES, dict(name="half", mergekit=dict(merge_method="linear", models=[
+            dict(model="cpt@50", parameters=dict(weight=0.5)), dict(model="cpt", parameters=dict(weight=1.0))], parameters=dict(normalize=False)))]
+        assert "1.5" in foreseen(params(both, train=dict(steps=100)), config)["half"]
+        with pytest.raises(UserError, match="merge.candidates.half: there is no model cpt@50; there are original, cpt$"):
+            foreseen(params(both, train=dict(checkpoint="somebody/else")), config)
 
     def test_a_merge_that_is_the_original_scores_as_it(self, stage, tmp_path):
         folders, params = stage
         merge_candidates(params([dict(name="same", method="slerp", t=0.0)]), folders, tmp_path)
-        sweep = pd.read_csv(tmp_path / "sweep.csv").set_index("name")
-        assert sweep.domain_bits_per_byte["same"] == sweep.domain_bits_per_byte["original"]
+        table = pd.read_csv(tmp_path / "sweep.csv").set_index("name")
+        assert table.domain_bits_per_byte["same"] == table.domain_bits_per_byte["original"]
         assert "equals the original" in json.loads((tmp_path / "selection.json").read_text())["notes"]["same"]
 
     def test_a_base_that_is_a_copy_of_the_model(self, stage, tiny_llama, tmp_path):
@@ -194,6 +330,18 @@ class TestStage:
 
 
 class TestRefused:
+    def test_what_cannot_be_merged_is_said_before_anything_is_scored(self, stage, tmp_path, monkeypatch):
+        folders, params = stage
+        monkeypatch.setattr(sweep, "Scorer", None)
+        own = dict(merge_method="linear", models=[dict(model="nobody", parameters=dict(weight=1.0))], dtype="float32")
+        with pytest.raises(UserError, match="merge.candidates.own: there is no model nobody"):
+            merge_candidates(params([*CANDIDATES, dict(name="own", mergekit=own)]), folders, tmp_path)
+
+    def test_the_searchs_names_are_its_own(self, stage):
+        taken = stage[1]([dict(name="search-0", method="slerp", t=0.5)])
+        taken = taken.model_copy(update={"merge": Merge.model_validate(taken.merge.model_dump() | dict(search={}))})
+        with pytest.raises(UserError, match="merge.candidates.search-0: the search calls its own"): candidates(taken)
+
     def test_no_held_out_domain_text(self, stage, tmp_path):
         folders, params = stage
         tokens = shutil.copytree(folders["tokens"], tmp_path / "tokens")
