@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'STYLE', 'NARROW', 'FAMILIES', 'KINDS', 'SHAPES', 'MEASURED', 'ROUND', 'MANY', 'AXES',
-           'PARTS', 'family', 'colour', 'short', 'markers', 'svg', 'Chart', 'drawing', 'human', 'minus', 'number',
-           'shown', 'table_html', 'Table', 'facts', 'spread', 'label_points', 'in_order', 'reported', 'funnel',
-           'lengths', 'loss', 'gradients', 'pace', 'live', 'mixture', 'perplexity', 'main_metric', 'benchmarks',
-           'front', 'tradeoff', 'sweep', 'geometry']
+           'CROWDED', 'HEAT', 'MAPS', 'CORNERS', 'PALE', 'DARK', 'SHORT', 'family', 'colour', 'short', 'markers', 'svg',
+           'Chart', 'drawing', 'human', 'minus', 'number', 'shown', 'table_html', 'Table', 'facts', 'spread',
+           'label_points', 'in_order', 'reported', 'funnel', 'lengths', 'loss', 'gradients', 'pace', 'live', 'mixture',
+           'perplexity', 'main_metric', 'benchmarks', 'front', 'tradeoff', 'sweep', 'geometry', 'density_curve',
+           'plane', 'effective_weights']
 
 # %% ../nbs/60_figures.ipynb #f2f07c68
 import contextlib, functools, html, io, json, os, re, threading
@@ -153,14 +154,14 @@ class Table:
 
 # %% ../nbs/60_figures.ipynb #1affe6c1
 def facts(record: dict) -> pd.Series:
-    "The values of a JSON object by name, for `Table`; an object inside becomes one line, or a row for each value."
+    "The values of a JSON object by name, for `Table`; a list becomes one line, an object one or a row for each value."
     rows = {}
     for name, value in record.items():
         name = name.replace("_", " ")
-        inside = value if isinstance(value, dict) else {}
-        line = " · ".join(f"{k} {number(v)}" for k, v in inside.items())
-        if len(line) > 110: rows |= {f"{name}: {k}": v for k, v in inside.items()}
-        else: rows[name] = line if isinstance(value, dict) else value
+        inside, listed = (value if isinstance(value, kind) else kind() for kind in (dict, list))
+        line = " · ".join([*(f"{k} {number(v)}" for k, v in inside.items()), *map(str, listed)])
+        if inside and len(line) > 110: rows |= {f"{name}: {k}": v for k, v in inside.items()}
+        else: rows[name] = line or "none" if isinstance(value, dict | list) else value
     return pd.Series(rows, dtype=object)
 
 # %% ../nbs/60_figures.ipynb #2c1f0ef8
@@ -582,44 +583,295 @@ def tradeoff(table: pd.DataFrame, width: float = 7.4) -> Figure:
     label_points(ax, {v: (r["forgetting"], r["gain"]) for v, r in t.iterrows()}, bars, fontsize=9)
     return fig
 
-# %% ../nbs/60_figures.ipynb #425ae918
+# %% ../nbs/60_figures.ipynb #c6a9576d
 AXES = ["general_bits_per_byte", "domain_bits_per_byte"]
+CROWDED = 10
 
-@drawing
-def sweep(table: pd.DataFrame, width: float = 7.4) -> Figure:
-    "Domain against general bits per byte of every candidate, select half. `table`: `sweep.csv`."
+def _tried(table: pd.DataFrame) -> pd.DataFrame:
+    "`sweep.csv` by variant, those with both measures."
     bare = table["name"].str.removeprefix("merge:")
     merged = ~bare.isin(["original", "base"]) & ~bare.str.startswith("cpt")
-    t = table.assign(variant=bare.where(~merged, "merge:" + bare)).set_index("variant").dropna(subset=AXES)
-    fig = Chart(width, 4.0)
-    ax, looks = fig.subplots(), markers(t.index)
-    best = t[t["on_front"].astype(bool)].sort_values("general_bits_per_byte")
+    t = table.assign(variant=bare.where(~merged, "merge:" + bare), merged=merged).set_index("variant")
+    return t.dropna(subset=AXES).assign(on_front=lambda t: t["on_front"].astype(bool))
+
+def _by_method(ax, t: pd.DataFrame, width: float) -> dict[str, dict]:
+    "`markers` whose shapes stand for methods, and their legend."
+    methods = [str(m) for m in t.loc[t["merged"], "method"].unique()]
+    shapes, looks = dict(zip(methods, SHAPES * 9)), markers(t.index)
+    for v in t.index[t["merged"]]: looks[v]["marker"] = shapes[str(t["method"][v])]
+    for m in methods: ax.plot([], [], **markers(["merge:"])["merge:"] | dict(marker=shapes[m]), label=m)
+    ax.figure.legend(loc="outside lower left", ncols=6 if width > NARROW else 3, frameon=False, fontsize=8.5,
+                     handletextpad=.1, columnspacing=1, labelcolor=MUTED)
+    return looks
+
+# %% ../nbs/60_figures.ipynb #ec4387a4
+def _view(ax, points: np.ndarray, near: np.ndarray) -> None:
+    "Set limits that show `near` and what lies within its span of it; say how many of `points` do not."
+    low, high = near.min(0), near.max(0)
+    span = np.maximum(high - low, 1e-6)
+    low, high = np.maximum(points.min(0), low - span), np.minimum(points.max(0), high + span)
+    beyond = int(((points < low) | (points > high)).any(1).sum())
+    room = np.maximum(high - low, 1e-6) * .1
+    ax.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
+    if beyond: ax.text(1, 1.02, f"{beyond} beyond the frame", transform=ax.transAxes, color=MUTED,
+                       fontsize=9, va="bottom", ha="right")
+
+def _spread(ax, t: pd.DataFrame, seeds: pd.DataFrame | None) -> None:
+    "Dots for the seeds of merges in `t`, each joined to its merge."
+    for name, rows in [] if seeds is None else seeds.dropna(subset=AXES).groupby("name", sort=False):
+        if (v := f"merge:{name}") not in t.index: continue
+        for at in rows[AXES].to_numpy():
+            ax.plot(*np.column_stack([t.loc[v, AXES].to_numpy(float), at]), color=colour(v), lw=.8, zorder=1)
+        ax.plot(*rows[AXES].T.to_numpy(), ".", color=colour(v), markersize=5, zorder=1)
+
+def _paired(ax, t: pd.DataFrame) -> list[tuple[float, float, float, float]]:
+    "Paired intervals of the rows as faint bars; gives the bars."
+    if not {"general_low", "domain_low"} <= set(t): return []
+    bars = []
+    for v, r in t.iterrows():
+        x, y = r[AXES]
+        mine = [(r["general_low"], y, r["general_high"], y), (x, r["domain_low"], x, r["domain_high"])]
+        bars += (mine := [m for m in mine if np.isfinite(m).all()])
+        for x0, y0, x1, y1 in mine:
+            ax.plot([x0, x1], [y0, y1], color=colour(v), lw=1.4, alpha=.35, solid_capstyle="butt", zorder=1)
+    return bars
+
+# %% ../nbs/60_figures.ipynb #63f12882
+@drawing
+def sweep(table: pd.DataFrame, seeds: pd.DataFrame | None = None, winner: str | None = None, width: float = 7.4) -> Figure:
+    """Domain against general bits per byte of every candidate, select half, with paired 95 % intervals. `table`:
+    `sweep.csv`; `seeds`: `seeds.csv`; `winner`: a candidate's name. More than `CROWDED`: only the front is named."""
+    t = _tried(table)
+    if t.empty: return sweep(t, width=width)
+    best, crowded = t[t["on_front"]].sort_values("general_bits_per_byte"), len(t) > CROWDED
+    matters = t["on_front"] | ~t["merged"] | (t.index == f"merge:{winner}")
+    named = t[matters] if crowded else t
+    fig = Chart(width, 4.3 if crowded else 4.0)
+    ax = fig.subplots()
+    looks = _by_method(ax, t, width) if crowded else markers(t.index)
     ax.plot(*best[AXES].T.to_numpy(), color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
-    for v, r in t.iterrows(): ax.plot(*r[AXES], **looks[v])
-    ax.margins(.1)
-    along = np.column_stack([best[AXES][:-1], best[AXES][1:]])
+    _spread(ax, t, seeds)
+    bars = _paired(ax, named)
+    for v, r in t.iterrows():
+        ax.plot(*r[AXES], **looks[v] | ({} if v in named.index else dict(markersize=4.5, alpha=.5)))
+    if winner and f"merge:{winner}" in t.index:
+        ax.plot(*t.loc[f"merge:{winner}", AXES], "o", markersize=14, markerfacecolor="none", color=INK)
+    _view(ax, t[AXES].to_numpy(float), t.loc[matters, AXES].to_numpy(float))
+    along = [*map(tuple, np.column_stack([best[AXES][:-1], best[AXES][1:]])), *bars]
     _axis(ax, x="general bits per byte (less is better)", y="domain bits per byte (less is better)")
-    label_points(ax, {v: tuple(r[AXES]) for v, r in t.iterrows()}, along, fontsize=9)
+    ax.xaxis.set_major_locator(MaxNLocator(7 if width > NARROW else 4))
+    label_points(ax, {v: tuple(r[AXES]) for v, r in named.iterrows()}, along, fontsize=9)
     return fig
 
-# %% ../nbs/60_figures.ipynb #cef0e0e0
-PARTS = {"attention": "#8f6bbf", "mlp": "#c08a1e", "other": "#7d8590"}
+# %% ../nbs/60_figures.ipynb #a5689b33
+HEAT = matplotlib.colormaps["cividis"].resampled(32)
+
+def _heat(ax, strips: dict[str, pd.DataFrame], title: str) -> None:
+    "Each frame of `strips` (kinds by layers) under its name as coloured cells, on one scale, with its bar."
+    depth = max(int(t.columns.max()) for t in strips.values()) + 1
+    rows, ticks, y = [], {}, 0
+    for name, t in strips.items():
+        ax.text(-.5, y + .6, name, fontsize=8.5, va="center", color=INK)
+        rows += [np.full(depth, np.nan), *t.reindex(columns=range(depth)).to_numpy(float)]
+        ticks |= {y + 1.5 + k: kind for k, kind in enumerate(t.index)}
+        y = len(rows)
+    values = np.ma.masked_invalid(rows)
+    low, high = values.min(), values.max()
+    spare = max(abs(high) * 1e-6, 1e-9) if high - low <= abs(high) * 1e-9 else 0
+    mesh = ax.pcolormesh(np.arange(depth + 1) - .5, np.arange(y + 1), values, cmap=HEAT, vmin=low - spare,
+                         vmax=high + spare, edgecolor="face", linewidth=.2)
+    ax.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
+    ax.set_ylim(y, 0)
+    ax.grid(False)
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _axis(ax, title=title)
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=.015, fraction=.03, aspect=8, ticks=[low, high])
+    digits = max(2, min(9, 1 - int(np.floor(np.log10(high - low))))) if high > low else 4
+    bar.ax.set_yticklabels([minus(v, f".{digits}f") for v in (low, high)], fontsize=8)
+    bar.outline.set_visible(False)
+    bar.solids.set_edgecolor("face")
+
+MAPS = {"relative_norm": ("Task vector, % of the weights' length", 100),
+        "cosine_of_weights": ("Cosine of the weights", 1),
+        "cosine_of_task_vectors": ("Cosine of the task vectors", 1),
+        "sign_conflict_weighted": ("Opposite signs, % by magnitude", 100)}
 
 @drawing
 def geometry(table: pd.DataFrame, width: float = 7.4) -> Figure:
-    "Relative length of the task vector (%) over depth, for each kind of module. `table`: `geometry.csv`."
-    t = table.dropna(subset=["layer"])
-    fig = Chart(width, 3.0)
-    ax, ends = fig.subplots(), {}
-    t = t.assign(percent=t["relative_norm"] * 100)
-    sns.lineplot(t, x="layer", y="percent", hue="kind", palette=PARTS, marker="o", markersize=3.5, markeredgewidth=0, lw=1.8,
-                 estimator=None, legend=False, ax=ax)
-    ax.set_ylabel("")
-    for kind, rows in t.groupby("kind"):
-        rows = rows.sort_values("layer")
-        ends[kind] = (rows["percent"].iloc[-1], PARTS[kind])
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_ylim(0, None)
-    _axis(ax, x="layer", y="length of the task vector, % of the weights'")
-    if ends: _ends(ax, ends, t["layer"].max() * 1.01)
+    "Heatmaps by layer and kind of how models lie to each other. `table`: `geometry.csv`."
+    t, base, maps = table.dropna(subset=["layer"]), table["against"].iloc[0], {}
+    if t.empty: return geometry(t, width=width)
+    for column, (title, scale) in MAPS.items():
+        strips = {}
+        for (model, against), rows in t.groupby(["model", "against"], sort=False):
+            cells = rows.pivot_table(index="kind", columns="layer", values=column) * scale
+            if cells.empty or (column == "relative_norm" and against != base): continue
+            strips[f"{model} over {against}" if column == "relative_norm" else f"{model}, {against}"] = cells
+        if strips: maps[title] = strips
+    tall = [sum(len(s) + 1 for s in strips.values()) for strips in maps.values()]
+    fig = Chart(width, .3 + sum(.5 + .17 * n for n in tall))
+    axes = fig.subplots(len(maps), 1, squeeze=False, height_ratios=[n + 1 for n in tall])[:, 0]
+    for ax, (title, strips) in zip(axes, maps.items()): _heat(ax, strips, title)
+    axes[-1].set_xlabel("layer")
+    return fig
+
+# %% ../nbs/60_figures.ipynb #a85511f4
+def _tone(model: str) -> str:
+    "The colour of a model of the run; others have the merges'."
+    return colour(model if model in FAMILIES or model.startswith("cpt@") else f"merge:{model}")
+
+@drawing
+def density_curve(table: pd.DataFrame, width: float = 7.4) -> Figure:
+    """Bits per byte over the density of one task vector, with 95 % intervals of the difference from the whole
+    one. `table`: `density.csv`."""
+    kinds = list(dict.fromkeys(table["kind"]))
+    fig, axes = _panels(kinds, width, 2.9, sharey=False)
+    for ax, kind in zip(axes, kinds):
+        ends = {}
+        for shape, (model, t) in zip(SHAPES * 9, table[table["kind"] == kind].groupby("model", sort=False)):
+            t, ink = t.sort_values("density"), _tone(model)
+            whole = t["bits_per_byte"] - t["difference"]
+            ax.fill_between(t["density"], whole + t["difference_low"], whole + t["difference_high"], color=ink, alpha=.13, lw=0)
+            ax.plot(t["density"], t["bits_per_byte"], color=ink, lw=1.6, marker=shape, markersize=5)
+            ends[model] = (t["bits_per_byte"].iloc[-1], ink)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}".replace("%", " %")))
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+        _axis(ax, x="entries of the task vector kept", y="bits per byte (less is better)",
+              title=f"{kind} text")
+        _ends(ax, ends, table["density"].max())
+    return fig
+
+# %% ../nbs/60_figures.ipynb #28267c20
+CORNERS = np.array([[0, 0], [1, 0], [.5, .75 ** .5]])
+PALE, DARK = "#fdfdfd", "#1f2328"
+
+def _named(ax, at: np.ndarray, text: str, up: float) -> None:
+    ax.annotate(text, at, (0, up), textcoords="offset points", ha="center", va="center", fontsize=8.5,
+                color=PALE, zorder=4,
+                bbox=dict(boxstyle="round,pad=.25", facecolor=DARK, edgecolor="none", alpha=.8))
+
+def _plane(ax, t: pd.DataFrame, models: list[str]) -> None:
+    "One kind of text of `plane.csv` as coloured ground, with the triangle and the lowest point."
+    w, bits = t[models].to_numpy(), t["bits_per_byte"].to_numpy()
+    at, corner, low = w @ CORNERS, bits[(w == 1).any(axis=1)].max(), bits.min()
+    top = min(bits.max(), 2 * corner - low) if corner > low else bits.max()
+    levels = np.linspace(low, top if top > low else low + 1e-6, 17)
+    extend = "max" if bits.max() > top else "neither"
+    ground = ax.tricontourf(*at.T, bits, levels=levels, cmap=HEAT, extend=extend)
+    ground.set_edgecolor("face")
+    ax.plot(*at.T, ".", color=PALE, markersize=2, alpha=.7)
+    for color, lw in ((DARK, 3), (PALE, 1.4)): ax.plot(*CORNERS[[0, 1, 2, 0]].T, color=color, lw=lw)
+    best = at[bits.argmin()]
+    ax.plot(*best, "*", color=PALE, markeredgecolor=DARK, markersize=13, zorder=3)
+    for p, name, up in zip(CORNERS, models, (-13, -13, 13)):
+        ax.plot(*p, "o", color=_tone(name), markeredgecolor=PALE, markersize=8, zorder=3)
+        _named(ax, p, name, up)
+    ticks = [v for v in MaxNLocator(5).tick_values(levels[0], levels[-1]) if levels[0] <= v <= levels[-1]]
+    bar = ax.figure.colorbar(ground, ax=ax, pad=.02, fraction=.04, aspect=22, ticks=ticks or levels[[0, -1]])
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+
+@drawing
+def plane(table: pd.DataFrame, width: float = 7.4) -> Figure:
+    "Bits per byte of linear merges on the plane through three models; star: lowest. `table`: `plane.csv`."
+    table = table[np.isfinite(table["bits_per_byte"])]
+    kinds, models = list(dict.fromkeys(table["kind"])), list(table.columns[:3])
+    fig, axes = _panels(kinds, width, 3.1)
+    for ax, kind in zip(axes, kinds):
+        _plane(ax, table[table["kind"] == kind], models)
+        ax.set(aspect="equal", xticks=[], yticks=[])
+        ax.spines["bottom"].set_visible(False)
+        ax.grid(False)
+        _axis(ax, x="bits per byte; \N{BLACK STAR}: lowest", title=f"{kind} text")
+    return fig
+
+# %% ../nbs/60_figures.ipynb #b2f3ab15
+SHORT = {"embed_tokens": "embed", "lm_head": "head"}
+
+def _alike(table: pd.DataFrame, most: int = 3) -> dict[str, pd.DataFrame]:
+    "The rows of each recipe, under the names of those that share them; other seeds of one go without saying."
+    found: dict[str, tuple[list[str], pd.DataFrame]] = {}
+    for name, rows in table.groupby("name", sort=False):
+        found.setdefault(rows.drop(columns="name").to_csv(index=False), ([], rows))[0].append(name)
+    told = {}
+    for names, rows in found.values():
+        names = [n for n in names if n.rpartition("@")[0] not in names]
+        told[", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")] = rows
+    return told
+
+def _models(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    "Those of each model, what was trained first and the base last."
+    ends = {"cpt": 0, "base": 2}
+    order = sorted(rows["model"].unique(), key=lambda m: ends.get(m.partition("@")[0], 1))
+    return [rows[rows["model"] == m] for m in order]
+
+def _sides(table: pd.DataFrame) -> dict[str, float]:
+    "Where the cells of modules outside the layers begin, and how wide they are (under ''); layer i begins at i."
+    depth, wide = int(table["layer"].max()) + 1, max(1.0, table["layer"].max() / 12)
+    one = table[(table[["name", "model"]] == table[["name", "model"]].iloc[0]).all(axis=1)].reset_index()
+    before = one.index < one["layer"].first_valid_index()
+    outside = one["layer"].isna()
+    left, right = one[outside & before]["module"].tolist(), one[outside & ~before]["module"].tolist()
+    return {"": wide} | {m: (i - len(left)) * wide - wide / 4 for i, m in enumerate(left)} | \
+           {m: depth + i * wide + wide / 4 for i, m in enumerate(right)}
+
+def _strip(ax, rows: pd.DataFrame, y: float, sides: dict[str, float], **look) -> dict[float, str]:
+    "The cells of one model from `y` down; gives its rows' labels by where they stand."
+    model, same = rows["model"].iloc[0], rows["weight"].nunique(dropna=False) == 1
+    depth = int(rows["layer"].max()) + 1
+    kinds = [model] if same else sorted(rows[rows["layer"].notna()]["kind"].unique())
+    for n, kind in enumerate(kinds):
+        cells = rows[rows["layer"].notna() & (same | (rows["kind"] == kind))].groupby("layer")["weight"].first()
+        across = np.ma.masked_invalid([cells.to_numpy(float)[:1 if same else None]])
+        ax.pcolormesh([0, depth] if same else np.arange(depth + 1), [y + n, y + n + .9], across, **look)
+    for module, value in rows[rows["layer"].isna()].set_index("module")["weight"].items():
+        across = sides[module], sides[module] + .85 * sides[""]
+        ax.pcolormesh(across, [y, y + len(kinds) - .1], np.ma.masked_invalid([[value]]), **look)
+    if same: ax.text(depth / 2, y + .45, _share(rows["weight"].iloc[0]), ha="center", va="center", fontsize=8,
+                     color=_legible(rows["weight"].iloc[0], look["norm"]))
+    return {y + n + .45: kind if same else f"{model} {kind}" for n, kind in enumerate(kinds)}
+
+def _share(x: float) -> str: return "found while merging" if np.isnan(x) else minus(x, ".2f")
+
+def _legible(x: float, norm) -> str:
+    "Black or white, whichever reads on a value's colour; not the theme's, as the cell has its own ground."
+    return INK if np.isnan(x) else "#fdfdfd" if norm(x) < .5 else "#101010"
+
+# %% ../nbs/60_figures.ipynb #06f7ad67
+@drawing
+def effective_weights(table: pd.DataFrame, width: float = 7.4) -> Figure:
+    "Heatmaps of the share of each model in each layer and module of each merge. `table`: `weights.csv`."
+    merges, sides, labels, y = _alike(table, 3 if width > NARROW else 1), _sides(table), {}, 0.0
+    low, high = min(0, table["weight"].min()), max(1, table["weight"].max())
+    norm = matplotlib.colors.Normalize(low, high)
+    tall = [.2 + (1 if r["weight"].nunique(dropna=False) == 1 else r["kind"].nunique())
+            for m in merges.values() for r in _models(m)]
+    fig = Chart(width, .8 + .17 * (1.5 * len(merges) + sum(tall)))
+    ax = fig.subplots()
+    for name, rows in merges.items():
+        trimmed = rows[rows["density"] < 1].groupby("model", sort=False)["density"].agg(["min", "max"])
+        at = [f"{m} at density {a:g}" + (f" to {b:g}" if b > a else "") for m, a, b in trimmed.itertuples()]
+        ax.text(min(sides.values()), y + .9, ", ".join([name, *at]), fontsize=9, fontweight="bold", va="center")
+        y += 1.5
+        for of_model in _models(rows):
+            labels |= (new := _strip(ax, of_model, y, sides, cmap=HEAT, norm=norm, edgecolor="face", linewidth=.3))
+            y += len(new) + .2
+    ax.set_yticks(list(labels), list(labels.values()), fontsize=8)
+    ax.set_ylim(y, 0)
+    ax.grid(False)
+    depth = int(table["layer"].max()) + 1
+    layers = MaxNLocator(6, integer=True).tick_values(0, depth - 1)
+    ticks = {i + .5: f"{i:.0f}" for i in layers if 0 <= i < depth} | \
+            {x + .42 * sides[""]: SHORT.get(m, m) for m, x in sides.items() if m}
+    ax.set_xticks(list(ticks), list(ticks.values()))
+    turned = dict(rotation=90, ha="center") if width < NARROW else dict(rotation=35, ha="right")
+    for label in ax.get_xticklabels():
+        if not label.get_text().isdigit(): label.set(**turned)
+    _axis(ax, x="layer")
+    bar = fig.colorbar(matplotlib.cm.ScalarMappable(norm, HEAT), ax=ax, location="top", pad=.01, fraction=.03,
+                       aspect=40, ticks=(marks := [low, (low + high) / 2, high]))
+    bar.ax.set_xticklabels([minus(v, ".2g") for v in marks], fontsize=8)
+    bar.ax.set_title("Share of each model")
+    bar.outline.set_visible(False)
+    bar.solids.set_edgecolor("face")
     return fig

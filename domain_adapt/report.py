@@ -52,9 +52,10 @@ def tradeoff_table(gain: dict[str, dict | None], change: dict[str, dict | None])
                                         "forgetting_low", "forgetting_high"])
     return table.assign(on_front=figures.front(table["gain"], table["forgetting"]) if rows else False)
 
-# %% ../nbs/61_report.ipynb #0bc0c079
+# %% ../nbs/61_report.ipynb #fba54105
 TABLES = {"funnel": "ingest", "dropped": "ingest", "lengths": "ingest", "mixture": "tokens", "sweep": "merge",
-          "geometry": "merge", "perplexity": "evaluate",
+          "seeds": "merge", "weights": "merge", "geometry": "merge", "density": "merge", "plane": "merge",
+          "perplexity": "evaluate",
           "benchmarks": "evaluate", "comparisons": "evaluate", "blocks": "evaluate"}
 
 def _json(path: Path) -> dict: return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -87,7 +88,7 @@ def _scores(benchmarks: pd.DataFrame | None) -> dict[str, dict]:
                                                              high=float(r["ci_high"]), n=int(r["n"]))
     return found
 
-# %% ../nbs/61_report.ipynb #c510ba47
+# %% ../nbs/61_report.ipynb #baf7cb6e
 def summarise(params: Params, folders: dict[str, Path], tables: dict[str, pd.DataFrame]) -> dict:
     "The contract's summary: headline numbers computed from the tables, None where one is undefined."
     kinds, blocks = {n: c.kind for n, c in params.corpora.items()}, reported(tables["blocks"])
@@ -110,7 +111,7 @@ def summarise(params: Params, folders: dict[str, Path], tables: dict[str, pd.Dat
             "forgetting": lost,
             "on_front": trade.loc[trade["on_front"], "variant"].tolist(), "winner": chosen.get("winner")
             and _variant(chosen["winner"]),
-            "rule": chosen.get("rule"), "outcome": chosen.get("outcome"), "notes": chosen.get("notes", {}),
+            "rule": chosen.get("rule"), "outcome": chosen.get("outcome"), "notes": chosen.get("notes", {}), "failed": chosen.get("failed", {}), "scored_on": chosen.get("scored_on", {}),
             "benchmarks": _scores(tables.get("benchmarks")), "versions": environment()}
 
 def _variant(name: str) -> str:
@@ -233,7 +234,7 @@ def plate_html(plate: Plate, data: pd.DataFrame, number: int) -> str:
     table = fold(f"Table: {n} rows · {table_link(plate.table)}", table, n <= 10)
     return f'<figure class="plate" id="figure-{number}">{drawn}{caption}</figure>{table}'
 
-# %% ../nbs/61_report.ipynb #8a1eefa7
+# %% ../nbs/61_report.ipynb #d6b0f727
 CAPTIONS = {
     "tradeoff": "What the domain gained against what general text lost, in % of the original's bits per "
                 "byte, with 95 % paired intervals; dashed: the variants no other beats on both. "
@@ -251,24 +252,36 @@ CAPTIONS = {
     "general": "Bits per byte with 95 % intervals; at the right token perplexity; dashed: the original. "
                "{general}.",
     "sweep": "Bits per byte of every candidate on the half of the blocks that the choice was made on, "
-             "n = {select}; dashed: the front.",
-    "geometry": "Length of the task vector (CPT minus original) beside that of the original's weights."}
+             "n = {select} blocks; bars: 95 % intervals of the difference from the original; small dots: other "
+             "seeds of a random mask; ring: the chosen one; dashed: the front.",
+    "weights": "Share of each model in every layer and module of each merge (of the search's, those on the front), "
+               "after filters, lists by depth and normalisation.",
+    "geometry": "How far training moved each layer and how models lie to each other: length of the task vectors, "
+                "cosines, and opposite signs.",
+    "density": "Bits per byte of TIES over the density of one task vector, the others whole; shaded: 95 % paired "
+               "intervals of the difference from the whole vector.",
+    "plane": "Bits per byte of linear merges on the plane through three models and a little beyond; dots were "
+             "measured, the star is the lowest."}
 
 def facts(tables: dict[str, pd.DataFrame], summary: dict) -> dict[str, str]:
     "What the captions' braces stand for."
     items = sorted({t["n"] for by in summary["benchmarks"].values() for t in by.values()})
-    half = tables["blocks"][lambda b: (b["half"] == "select") & (b["variant"] == "original")]
     return dict(domain=sample(summary, "domain"), general=sample(summary, "general"),
                 steps=f"{summary['steps'] or 0:,}",
                 items=" to ".join(f"{n:,}" for n in dict.fromkeys(items[:1] + items[-1:])),
-                select=listed(f"{len(b):,} ({c})" for c, b in half.groupby("corpus", sort=False)))
+                select=listed(f"{n:,} ({c})" for c, n in summary["scored_on"].items()))
 
-# %% ../nbs/61_report.ipynb #edc07ee4
+# %% ../nbs/61_report.ipynb #0d3a3dff
 SCORES = ["variant", "corpus", "documents", "blocks", "tokens", "token_perplexity", "bits_per_byte", "ci_low",
           "ci_high"]
 ITEMS = ["variant", "task", "metric", "value", "ci_low", "ci_high", "n", "fewshot"]
 
 MACHINE = ["tokens_per_second", "mfu", "mfu_with_attention", "memory_bytes"]
+
+def _looked_at(weights: pd.DataFrame, sweep: pd.DataFrame) -> pd.DataFrame:
+    "The rows of all merges but those that a search only tried."
+    passed = sweep.loc[(sweep["source"] == "search") & ~sweep["on_front"].astype(bool), "name"]
+    return weights[~weights["name"].isin(passed)]
 
 def plates(tables: dict[str, pd.DataFrame], summary: dict, params: Params) -> list[Plate]:
     "The front page's figures in reading order: the money chart, then the road to it."
@@ -276,8 +289,10 @@ def plates(tables: dict[str, pd.DataFrame], summary: dict, params: Params) -> li
     rows = {**tables, "tradeoff": headline(summary).drop(columns="general bits per byte")}
     if "metrics" in rows: rows["metrics"] = rows["metrics"].drop(columns=MACHINE, errors="ignore")
     if "benchmarks" in rows: rows["benchmarks"] = rows["benchmarks"][ITEMS]
+    if "weights" in rows: rows["weights"] = _looked_at(rows["weights"], tables["sweep"])
     rows |= {kind: found.loc[found["kind"] == kind, SCORES] for kind in ("domain", "general")}
     measured = lambda kind: lambda t, width: figures.perplexity(t, kind, width=width)
+    tried = lambda t, width: figures.sweep(t, tables.get("seeds"), (summary["winner"] or "").removeprefix("merge:"), width=width)
     order = [("tradeoff", "Gain against forgetting", figures.tradeoff),
              ("funnel", "What was read and kept", figures.funnel),
              ("lengths", "How long the documents are", figures.lengths),
@@ -285,13 +300,17 @@ def plates(tables: dict[str, pd.DataFrame], summary: dict, params: Params) -> li
              ("mixture", "Mixture", figures.mixture), ("domain", "Domain perplexity", measured("domain")),
              ("benchmarks", "Benchmarks", figures.benchmarks),
              ("general", "General perplexity", measured("general")),
-             ("sweep", "The merges that were tried", figures.sweep),
-             ("geometry", "Where training moved the weights", figures.geometry)]
+             ("sweep", "The merges that were tried", tried),
+             ("weights", "What each layer gets of each model",
+              lambda t, width: figures.effective_weights(_looked_at(t, tables["sweep"]), width=width)),
+             ("geometry", "Where training moved the weights", figures.geometry),
+             ("density", "How far a task vector can be trimmed", figures.density_curve),
+             ("plane", "The plane through three models", figures.plane)]
     csv, known = {"domain": "perplexity", "general": "perplexity"}, facts(tables, summary)
     return [Plate(heading, csv.get(name, name), draw, CAPTIONS[name].format(**known), rows[name])
             for name, heading, draw in order if csv.get(name, name) in tables and len(rows[name])]
 
-# %% ../nbs/61_report.ipynb #52e6c58d
+# %% ../nbs/61_report.ipynb #de59649b
 def plain(text: str) -> str:
     "A title on one line that cannot be markup."
     return " ".join(text.replace("<", "‹").replace(">", "›").split())
@@ -318,6 +337,7 @@ def _notes(s: dict) -> str:
     "How the merge was chosen, and why a setting was changed, as paragraphs."
     notes = [f"<b>{html.escape(str(name))}</b>: {html.escape(str(note))}" for name,
              note in s["notes"].items()]
+    notes += [f"<b>{html.escape(str(name))}</b> was not kept: {html.escape(str(why))}" for name, why in s["failed"].items()]
     parts = [html.escape(p) for p in (s["rule"], s["outcome"]) if p] + notes
     return "".join(f"<p>{p}</p>" for p in parts)
 

@@ -20,6 +20,7 @@ MERGES = {"linear-0.3": .5, "linear-0.5": .8, "linear-0.7": .93, "slerp-0.5": .7
 KINDS = {"sec": "domain", "wiki": "general", "news": "general"}
 VARIANTS = ["original", "cpt@20", "cpt", *(f"merge:{m}" for m in MERGES)]
 KEPT = ["merge:linear-0.7", "merge:linear-0.5"]
+EVALUATED = ["original", "cpt@20", "cpt", "merge:linear-0.5", "merge:linear-0.7"]
 TASKS = {"hellaswag": ("acc_norm", .46), "arc_easy": ("acc_norm", .5), "piqa": ("acc_norm", .68),
          "boolq": ("acc", .58),
          "mmlu_professional_accounting": ("acc", .26), "mmlu_management": ("acc", .31),
@@ -156,6 +157,55 @@ def _train(folder: Path, rng: np.random.Generator) -> None:
         where=f"{ROOT}/outputs/x"))
 
 
+def geometry(pairs=(("cpt", "original"),), layers: int = 30) -> pd.DataFrame:
+    "geometry.csv's rows of the layers; what takes two task vectors only for pairs without the base, the first `against`."
+    rows = []
+    for n, (model, against) in enumerate(pairs):
+        other = dict.fromkeys(["norm_ratio", "cosine_of_task_vectors", "sign_conflict", "sign_conflict_weighted", "elections_won"])
+        if against != pairs[0][1]: other = {c: .1 * (k + 1) for k, c in enumerate(other)}
+        for i in range(layers):
+            for kind, x in (("attention", .031), ("mlp", .027), ("other", .004)):
+                far = x * (1 + i / 60 + n)
+                rows.append(dict(model=model, against=against, module=f"layers.{i}.{kind}", layer=i, kind=kind, parameters=1000,
+                                 weight_norm=10., task_vector_norm=10 * far, relative_norm=far, distance=10 * far,
+                                 cosine_of_weights=1 - far ** 2 / 2, slerp_distance=0., slerp_is_linear=1., **other))
+    return pd.DataFrame(rows)
+
+
+def weights(layers: int = 4) -> pd.DataFrame:
+    "weights.csv of a merge of three models by depth and one of two, twice, that gives the same everywhere."
+    by_depth = {"cpt": (.25, .5, .5, 0), "original": (.75, .5, .5, 1), "base": (0,) * 4}
+    merges = {"listing-1": (by_depth, .75), "dare": ({"cpt": (.7,) * 4, "original": (.3,) * 4}, .5)}
+    rows = []
+    for name, (shares, density) in (merges | {"dare@8": merges["dare"]}).items():
+        for model, share in shares.items():
+            at = lambda layer, kind: share[0] if layer is None or (layer == 3 and kind != "attention") else share[layer]
+            cells = [("embed_tokens", None, "other"), *((f"layers.{i}.{k}", i, k) for i in range(layers) for k in ("other", "attention", "mlp")),
+                     ("norm", None, "other"), ("lm_head", None, "other")]
+            rows += [dict(name=name, model=model, module=module, layer=layer, kind=kind, weight=at(layer, kind),
+                          density=density if model == "cpt" else None) for module, layer, kind in cells]
+    return pd.DataFrame(rows).astype({"layer": "Int64"})
+
+
+def predictions() -> pd.DataFrame:
+    return pd.DataFrame([dict(claim="slerp", model="cpt", against="original", value=0, expected="same",
+                              prediction=f"SLERP is their linear merge. {NASTY}", candidate="slerp-0.5", held_against="linear-0.5",
+                              kind="domain", difference=.0004, ci_low=-.0003, ci_high=.0011, verdict="holds")])
+
+
+def density() -> pd.DataFrame:
+    return pd.DataFrame([dict(model="cpt", density=d, kind=k, bits_per_byte=1 - .1 * d, ci_low=.99 - .1 * d, ci_high=1.01 - .1 * d, tokens=2048,
+                              difference=.1 - .1 * d, difference_low=.09 - .1 * d, difference_high=.11 - .1 * d)
+                         for k in ("domain", "general") for d in (.1, .5, 1.0)])
+
+
+def plane() -> pd.DataFrame:
+    at = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (.4, .3, .3), (.5, .5, 0.0), (0.0, .5, .5), (-.2, .6, .6)]
+    return pd.DataFrame([{"cpt@20": a, "original": b, "cpt": c, "kind": k, "bits_per_byte": 1 + .1 * (a - b) ** 2, "ci_low": .95, "ci_high": 1.15,
+                          "tokens": 2048, "difference": .1 * (a - b) ** 2 - .02, "difference_low": -.03, "difference_high": .09}
+                         for k in ("domain", "general") for a, b, c in at])
+
+
 def _merge(folder: Path, scores: pd.DataFrame) -> None:
     bits = scores[scores["half"] == "select"].pivot_table(index="variant", columns="kind",
                                                           values="bits_per_byte", sort=False)
@@ -164,30 +214,35 @@ def _merge(folder: Path, scores: pd.DataFrame) -> None:
                  parameters=json.dumps({"weight": .5} if ":" in v else {}), domain_bits_per_byte=r["domain"],
                  general_bits_per_byte=r["general"],
                  retention=.9 if ":" in v else None, recovery=1.1 if ":" in v else None,
-                 on_front=v in ("cpt", *KEPT)) for v, r in bits.iterrows() if "@" not in v]
+                 on_front=v in ("cpt", *KEPT), forgetting=.001, domain_low=r["domain"] - .01, domain_high=r["domain"] + .01,
+                 general_low=r["general"] - .005, general_high=r["general"] + .005, source="listed" if ":" in v else "")
+            for v, r in bits.iterrows() if "@" not in v]
     write_csv(folder / "sweep.csv", pd.DataFrame(rows))
-    write_csv(folder / "geometry.csv", pd.DataFrame([
-        dict(module=f"layers.{i}.{k}", layer=i, kind=k, parameters=1000, weight_norm=10., task_vector_norm=10
-             * x * (1 + i / 60),
-             relative_norm=x * (1 + i / 60), cosine_of_weights=1 - x ** 2 / 2) for i in range(30) for k,
-                                                     x in (("attention", .031), ("mlp", .027),
-                                                           ("other", .004))]))
+    dare = bits.loc["merge:dare-ties"]
+    write_csv(folder / "seeds.csv", pd.DataFrame([dict(name="dare-ties", seed=7 + i, domain_bits_per_byte=dare["domain"] + .004 * i,
+                                                       general_bits_per_byte=dare["general"] - .002 * i) for i in range(3)]))
+    write_csv(folder / "predictions.csv", predictions())
+    write_csv(folder / "density.csv", density())
+    write_csv(folder / "plane.csv", plane())
+    write_csv(folder / "geometry.csv", geometry())
+    write_csv(folder / "weights.csv", weights())
     write_json(folder / "selection.json", dict(
         order=[k.removeprefix("merge:") for k in KEPT], kept=[k.removeprefix("merge:") for k in KEPT],
                                                winner=KEPT[0].removeprefix("merge:"),
         rule="Among merges that forget at most 0.005 bits per byte, the one that keeps most of the gain.",
         outcome="linear-0.7 keeps most of the gain among the merges that qualify.",
+        forgetting={}, scored_on=dict(sec=8, wiki=15, news=30), failed={"linear-0.9": "a tensor is not finite"},
         notes={"ties": f"normalize is false: with one model it divides the weight out. {NASTY}"}))
 
 
 def notebook(path: Path, stage) -> nbformat.NotebookNode:
     "A stage's notebook with the outputs of its table and figure cells; the cells that work are left alone."
-    book, show, scope = nbformat.read(path, 4), DisplayFormatter(), {"stage": stage}
+    book, show, scope = nbformat.read(path, 4), DisplayFormatter(), {"stage": stage, "weights": weights(), "notes": {"ties": NASTY}}
     for n, cell in enumerate(c for c in book.cells if c.cell_type == "code"):
         tags = cell.metadata.get("tags", [])
         if "parameters" in tags or "work" in tags: continue
         tree = ast.parse(cell.source)
-        tree.body = [x for x in tree.body if not (isinstance(x, ast.Assign) and "open_stage" in ast.unparse(x))]
+        tree.body = [x for x in tree.body if not (isinstance(x, ast.Assign) and any(f in ast.unparse(x) for f in ("open_stage(", "preview(")))]
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, str(path), "exec"), scope)
         value = eval(compile(ast.Expression(last.value), str(path), "eval"), scope) if last else None
@@ -214,7 +269,8 @@ def make(root: Path, title: str = "A made-up run") -> tuple[Params, dict[str, Pa
     folders = {s: root / f"{i}_{s}" for i, s in enumerate(STAGES, 1)} | {"run": root,
                                                                          "notebooks": root / "notebooks"}
     del folders["report"]
-    b, scores = blocks(rng), benchmarks(rng)
+    tried, scores = blocks(rng), benchmarks(rng)
+    b = tried[tried["variant"].isin(EVALUATED)].reset_index(drop=True)
     found = perplexity(b)
     _ingest(folders["ingest"])
     mixture = pd.DataFrame([dict(corpus="sec", asked=.95, documents=2, tokens=77_824, share=.95),
@@ -224,7 +280,7 @@ def make(root: Path, title: str = "A made-up run") -> tuple[Params, dict[str, Pa
                            d in (("train", 2), ("heldout", 1))])
     write_csv(folders["tokens"] / "splits.csv", splits)
     _train(folders["train"], rng)
-    _merge(folders["merge"], found)
+    _merge(folders["merge"], perplexity(tried))
     for name, table in dict(blocks=b, perplexity=found, benchmarks=scores,
                             comparisons=comparisons(scores)).items():
         write_csv(folders["evaluate"] / f"{name}.csv", table)

@@ -135,10 +135,10 @@ def test_a_long_training_stays_a_small_picture():
 
 
 def test_facts_put_what_is_nested_into_one_line_or_a_row_each():
-    told = figures.facts(dict(parameters=7, logits_check=None, layout=dict(tp=2, sp=True), epochs={}, seconds={"steps": 7.25},
+    told = figures.facts(dict(parameters=7, logits_check=None, layout=dict(tp=2, sp=True), epochs={}, kept=["a", "b"], order=[], seconds={"steps": 7.25},
                               megatron={k: "megatron.core." + k * 30 for k in ("model", "data")}))
-    assert told.to_dict() == {"parameters": 7, "logits check": None, "layout": "tp 2 · sp yes", "epochs": "",
-                              "seconds": "steps 7.25", "megatron: model": "megatron.core." + "model" * 30,
+    assert told.to_dict() == {"parameters": 7, "logits check": None, "layout": "tp 2 · sp yes", "epochs": "none",
+                              "kept": "a · b", "order": "none", "seconds": "steps 7.25", "megatron: model": "megatron.core." + "model" * 30,
                               "megatron: data": "megatron.core." + "data" * 30}
     assert "{" not in figures.Table(told)._repr_html_()
 
@@ -202,10 +202,89 @@ def luminance(colour: str) -> float:
     return float(np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4) @ [.2126, .7152, .0722])
 
 
+def density(models=("cpt", "original")) -> pd.DataFrame:
+    return pd.DataFrame([dict(model=m, density=d, kind=kind, bits_per_byte=1 + d / n, ci_low=0, ci_high=3, tokens=9, difference=(d - 1) / n,
+                              difference_low=(d - 1) / n - .1, difference_high=(d - 1) / n + .1)
+                         for kind in ("domain", "general") for n, m in enumerate(models, 2) for d in (1., .2, .5)])
+
+
+def plane(step: float = .25, kinds=("domain", "general"), bits=lambda a, b, c: 1 + (c - .7) ** 2) -> pd.DataFrame:
+    line = np.arange(-.25, 1.26, step)
+    points = [(1., 0., 0.), (0., 1., 0.), (0., 0., 1.), *((1 - u - v, u, v) for u in line for v in line if -.26 < 1 - u - v < 1.26)]
+    return pd.DataFrame([{"original": a, "cpt@20": b, "cpt": c, "kind": kind, "bits_per_byte": bits(a, b, c)}
+                         for kind in kinds for a, b, c in points])
+
+
+THREE = (("original", "base"), ("cpt", "base"), ("original", "cpt"))
+
+
+@pytest.mark.equality
+@pytest.mark.parametrize("draw, table", [(figures.geometry, made_run.geometry(THREE)), (figures.density_curve, density()),
+                                         (figures.plane, plane())], ids=["geometry", "density", "plane"])
+def test_the_landscape_is_drawn_the_same_and_stays_small(draw, table):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page, phone = figures.svg(draw(table)), figures.svg(draw(table, width=3.8))
+    assert page == figures.svg(draw(table)) != phone and "<image" not in page and len(page) < 4e5
+
+
+def cells(ax) -> np.ndarray: return ax.collections[0].get_array()
+
+
+def test_heatmaps_hold_the_tables_cells():
+    t = made_run.geometry(THREE, layers=5)
+    maps = {ax.get_title(loc="left"): ax for ax in figures.geometry(t).axes if ax.get_title(loc="left")}
+    assert list(maps) == [title for title, _ in figures.MAPS.values()]
+    length, weights, vectors, signs = maps.values()
+    assert cells(length).shape == (8, 5) and cells(weights).shape == (12, 5) and cells(vectors).shape == (4, 5)
+    second = t.query("model == 'cpt' and kind == 'mlp'").set_index("layer").relative_norm * 100
+    np.testing.assert_allclose(cells(length)[6], second)                       # a name, three kinds, a name, attention, mlp
+    assert cells(length)[[0, 4]].mask.all() and np.allclose(cells(vectors)[1:], .2) and np.allclose(cells(signs)[1:], 40)
+    assert [x.get_text() for x in length.texts] == ["original over base", "cpt over base"]
+    assert [x.get_text() for x in length.get_yticklabels()] == ["attention", "mlp", "other"] * 2
+
+
+def test_one_task_vector_has_two_maps_and_models_without_layers_none():
+    t = made_run.geometry()
+    assert [ax.get_title(loc="left") for ax in figures.geometry(t).axes][:2] == [figures.MAPS[c][0] for c in
+                                                                                ("relative_norm", "cosine_of_weights")]
+    assert "the table is empty" in figures.svg(figures.geometry(t.assign(layer=np.nan)))
+
+
+def test_density_curves_run_through_the_table():
+    for ax, kind in zip(figures.density_curve(density()).axes, ("domain", "general")):
+        assert ax.get_title(loc="left") == f"{kind} text" and len(ax.lines) == 2 and len(ax.collections) == 2
+        np.testing.assert_allclose(ax.lines[0].get_xydata(), [(.2, 1.1), (.5, 1.25), (1, 1.5)])
+        assert ax.collections[0].get_paths()[0].get_extents().bounds == pytest.approx((.2, 1, .8, .6))    # paired, not each for itself
+        assert {x.get_text() for x in ax.texts} > {"cpt", "original"}
+
+
+def test_the_plane_has_its_corners_where_the_models_are_and_a_star_at_the_lowest():
+    table = plane(.125, bits=lambda a, b, c: 1 + (a - .25) ** 2 + (b - .25) ** 2 + (c - .5) ** 2)
+    ax = figures.plane(table).axes[0]
+    (star,) = points(ax, "*")
+    np.testing.assert_allclose(star, np.array([.25, .25, .5]) @ figures.CORNERS, atol=1e-9)
+    np.testing.assert_allclose(points(ax, "o"), figures.CORNERS)
+    assert [x.get_text() for x in ax.texts] == ["original", "cpt@20", "cpt"] and len(points(ax, ".")) == len(table) / 2
+    bars = [x.get_yticks() for x in figures.plane(table).axes[2:]]
+    assert all(len(ticks) > 1 and table.bits_per_byte.min() <= ticks.min() <= ticks.max() <= table.bits_per_byte.max() for ticks in bars)
+    outline = {tuple(np.round(p, 9)) for line in ax.lines if line.get_marker() == "None" for p in line.get_xydata()}
+    assert outline == {tuple(np.round(p, 9)) for p in figures.CORNERS}
+
+
+@pytest.mark.parametrize("bits", [lambda a, b, c: 1., lambda a, b, c: 1 + (c < 0) * 1e6, lambda a, b, c: 1 + max(0, -a) * 40,
+                                  lambda a, b, c: 1 + a if min(a, b, c) >= 0 else [np.nan, np.inf][int(b < 0)]])
+def test_a_flat_plane_and_a_cliff_beyond_its_edges_can_be_drawn(bits):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = figures.svg(figures.plane(plane(.75, kinds=["domain"], bits=bits), width=3.8))
+    assert "nan" not in re.sub("[>][^<]*", "", drawn).lower()
+
+
 @pytest.mark.parametrize("ground", ["#ffffff", "#121212"])
 def test_colours_stand_out_on_both_grounds(ground):
     "WCAG asks 3 to 1 of graphics."
-    for colour in [*figures.FAMILIES.values(), *figures.KINDS.values(), *figures.PARTS.values()]:
+    for colour in [*figures.FAMILIES.values(), *figures.KINDS.values()]:
         light, dark = sorted([luminance(colour), luminance(ground)], reverse=True)
         assert (light + .05) / (dark + .05) >= 3, colour
 
@@ -238,7 +317,7 @@ def test_text_of_a_table_cannot_become_markup():
 
 @pytest.mark.parametrize("draw", [figures.funnel, *TRAINED, figures.mixture,
                                   lambda t: figures.perplexity(t, "domain"), figures.benchmarks,
-                                  figures.tradeoff, figures.sweep, figures.geometry])
+                                  figures.tradeoff, figures.sweep, figures.geometry, figures.density_curve, figures.plane])
 def test_an_empty_table_says_that_it_is_empty(draw):
     assert "the table is empty" in figures.svg(draw(pd.DataFrame()))
 
@@ -253,3 +332,25 @@ def test_importing_figures_is_light():
     code = "import sys, domain_adapt.figures, domain_adapt.report; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "sphinx"} & set(done.stdout.split())
+
+
+SHARES = made_run.weights()
+
+
+@pytest.mark.parametrize("width", [7.4, 3.8])
+def test_every_share_is_drawn_where_the_table_says(width):
+    ax = figures.effective_weights(SHARES, width=width).axes[0]
+    drawn = [m.get_array().compressed().tolist() for m in ax.collections]
+    labels = [t.get_text() for t in ax.get_yticklabels()]
+    assert labels == ["cpt attention", "cpt mlp", "cpt other", "original attention", "original mlp", "original other", "base", "cpt", "original"]
+    by_depth = SHARES.query("name == 'listing-1' and model == 'cpt'").set_index(["kind", "layer"])["weight"]
+    for kind in ("attention", "mlp", "other"): assert by_depth[kind].dropna()[[0, 1, 2, 3]].tolist() in drawn
+    assert [0.7] in drawn and [0.25] in drawn                     # one cell for what is the same everywhere; the head's own
+    assert "dare" in [t.get_text().split(",")[0] for t in ax.texts] and not any("dare@8" in t.get_text() for t in ax.texts)
+
+
+def test_shares_that_are_found_while_merging_are_said_so():
+    unknown = SHARES.query("name == 'dare'").assign(weight=np.nan)
+    said = [t.get_text() for t in figures.effective_weights(unknown).axes[0].texts]
+    assert said.count("found while merging") == 2
+    assert figures.svg(figures.effective_weights(SHARES)) == figures.svg(figures.effective_weights(SHARES))
