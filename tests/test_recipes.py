@@ -50,7 +50,9 @@ def test_what_the_papers_publish():
     assert tokens["patents_llama2_7b"] == pytest.approx(10e9, rel=1e-3)
     assert (medical.train.lr, medical.train.global_batch, medical.train.steps, medical.tokens.sequence_length) == (1.5e-5, 2048, 3500, 4096)
     assert sec.model == "meta-llama/Meta-Llama-3-70B-Instruct" and sec.base == "meta-llama/Meta-Llama-3-70B"
-    assert [(c.density, c.normalize) for c in sec.merge.candidates if c.method == "ties"] == [(0.75, True)]
+    assert sec.merge.candidates[0].mergekit == yaml.safe_load((ROOT / "params" / "merges" / "arcee_listing1.yml").read_text())
+    assert patents.merge.candidates[0].t[:2] == [{"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+                                                 {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]}]
     assert load_params(path("medical_meditron_merge")).train.checkpoint == "epfl-llm/meditron-7b"
 
 
