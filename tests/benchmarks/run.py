@@ -17,6 +17,7 @@ import torch
 import trafilatura
 from datatrove.data import Document
 from lm_eval.models.huggingface import HFLM
+from merging import merging
 
 from domain_adapt.assets import resolve
 from domain_adapt.benchmarks import SharedContext, ask, load_suite
@@ -171,6 +172,7 @@ if __name__ == "__main__":
     tune_cpu()
     rows = [ingest()]
     with tempfile.TemporaryDirectory() as tmp: rows += [workers(Path(tmp) / "w"), flat(Path(tmp) / "m"), tokenization(Path(tmp))]
+    with tempfile.TemporaryDirectory() as tmp: rows += merging(Path(tmp))
     rows += [*trainers("bf16"), *trainers("fp32")]
     folder, dtype = get_model(MODEL), best_dtype("auto")
     model, tokenizer = load_model(folder, dtype), load_tokenizer(folder)

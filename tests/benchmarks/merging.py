@@ -1,0 +1,254 @@
+"""Merging beside mergekit-yaml: a sweep in memory, one TIES to disk, three sharded 1B-parameter models.
+
+As a program, `merging.py RECIPE.json MODELS OUT` makes one merge and prints its seconds and those of its checks."""
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.io.tensor_writer import TensorWriter
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from domain_adapt.assets import resolve
+from domain_adapt.geometry import Weights
+from domain_adapt.merge import Merger, Recipe, check_merged, merge
+from domain_adapt.models import get_model, load_model, load_tokenizer
+from domain_adapt.perplexity import Block, document_blocks, score_blocks
+from domain_adapt.sources.markdown import to_markdown
+from domain_adapt.sources.reading import decode
+
+NAMES = ("original", "base", "cpt")
+TINY = Path(__file__).resolve().parent.parent / "tiny" / "make.py"
+COMMAND = [sys.executable, "-c", "from mergekit.scripts.run_yaml import main; main()"]
+
+
+def jittered(folder: Path, source: Path) -> dict[str, Path]:
+    "Three bf16 siblings of a model: itself, and two with a fiftieth of each tensor's deviation as noise."
+    for i, name in enumerate(NAMES):
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.safetensors*"))
+        noise, writer = torch.Generator().manual_seed(i), TensorWriter(str(folder / name))
+        for k, t in Weights(source).items():
+            change = 0.02 * t.float().std() * torch.randn(t.shape, generator=noise) if i else 0
+            writer.save_tensor(k, (t.float() + change).bfloat16())
+        writer.finalize()
+    return {n: folder / n for n in NAMES}
+
+
+def part(model: str, **parameters) -> dict:
+    return {"model": model, "parameters": parameters}
+
+
+def over_base(name: str, method: str, weight: float, density: float, seed: int | None = None) -> Recipe:
+    "The CPT model's task vector, trimmed, with the rest of the weight on the original's."
+    models = [part("cpt", weight=weight, density=density), part("original", weight=round(1 - weight, 6), density=1.0)]
+    return Recipe(name, dict(merge_method=method, base_model="base", dtype="bfloat16", models=models), {}, seed)
+
+
+def sweep() -> list[Recipe]:
+    "24 merges: five methods, weights and densities."
+    made = []
+    for w in (0.2, 0.4, 0.6, 0.8):
+        parts = [part("original", weight=round(1 - w, 6)), part("cpt", weight=w)]
+        made += [Recipe(f"linear-{w}", dict(merge_method="linear", dtype="bfloat16", models=parts), {}),
+                 Recipe(f"slerp-{w}", dict(merge_method="slerp", base_model="original", dtype="bfloat16", parameters={"t": w},
+                                           models=[{"model": "original"}, {"model": "cpt"}]), {}),
+                 Recipe(f"task-{w}", dict(merge_method="task_arithmetic", base_model="base", dtype="bfloat16", models=parts), {})]
+    for w in (0.4, 0.7):
+        for d in (0.2, 0.5, 0.8):
+            made += [over_base(f"ties-{w}-{d}", "ties", w, d), over_base(f"dare-{w}-{d}", "dare_ties", w, d, seed=1)]
+    return made
+
+
+def written(recipe: Recipe, beside: Path) -> list[str]:
+    "The configuration as a file beside folders of the models' names; what follows `mergekit-yaml`."
+    (beside / f"{recipe.name}.yml").write_text(yaml.safe_dump(recipe.config))
+    seed = [] if recipe.seed is None else ["--random-seed", str(recipe.seed)]
+    return [f"{recipe.name}.yml", "theirs", "--quiet", "--no-write-model-card", *seed]
+
+
+def seconds(f: Callable) -> float:
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def load_into(model: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    held = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors: held[name].copy_(tensor)
+
+
+def candidates(folder: Path, models: dict[str, Path]) -> dict:
+    """The mean candidate of the sweep, ready to be scored, made in memory; against mergekit-yaml's process and loading its output,
+    measured once for each method (the others differ in numbers only)."""
+    model, merger, ours = load_model(models["original"], "bf16"), Merger(models), {}
+    for recipe in sweep(): ours[recipe.name] = seconds(lambda: load_into(model, merger.tensors(recipe)))
+
+    def by_hand(recipe: Recipe) -> None:
+        subprocess.run([*COMMAND, *written(recipe, folder)], cwd=folder, check=True, capture_output=True)
+        AutoModelForCausalLM.from_pretrained(folder / "theirs", dtype=torch.bfloat16)
+    method = lambda r: r.config["merge_method"]
+    once = {m: seconds(lambda: by_hand(r)) for m, r in {method(r): r for r in sweep()}.items()}
+    hand = [once[method(r)] for r in sweep()]
+    return dict(what="a candidate of a sweep of 24 merges", against="mergekit-yaml and loading its output",
+                ours=statistics.mean(ours.values()), theirs=statistics.mean(hand),
+                note=f"all 24 {sum(ours.values()):.0f} s; slowest {max(ours, key=ours.get)} {max(ours.values()):.1f} s (sorts)")
+
+
+def read(model, windows: list[dict]) -> float:
+    "Nats of windows of text by plain transformers."
+    total = 0.0
+    with torch.inference_mode():
+        for w in windows:
+            ids = torch.tensor([[*w["context"], *w["ids"]]])
+            logits = model(ids[:, :-1]).logits[0, -len(w["ids"]):].float()
+            total += torch.nn.functional.cross_entropy(logits, ids[0, -len(w["ids"]):], reduction="sum").item()
+    return total
+
+
+def scored(folder: Path, models: dict[str, Path], tokens: int = 24576) -> dict:
+    "A candidate of the sweep made and scored on `tokens` of a 10-K, against mergekit-yaml, loading and plain transformers; one of two methods each."
+    page = decode(sorted(resolve("package:filings-10k").glob("*.html"))[0].read_bytes())
+    windows = document_blocks(to_markdown(page).text, load_tokenizer(models["original"]), 512)[:tokens // 512]
+    blocks = [Block("sec", "domain", "d", w["block"], w["context"], w["ids"], w["bytes"], w["words"]) for w in windows]
+    model, merger, took, found = load_model(models["original"], "bf16"), Merger(models), {"ours": [], "theirs": []}, []
+    for recipe in [r for r in sweep() if r.name in ("linear-0.4", "ties-0.4-0.5")]:
+        def ours() -> None:
+            load_into(model, merger.tensors(recipe))
+            found.append(score_blocks(model, blocks, recipe.name)["nll"].sum())
+
+        def theirs() -> None:
+            subprocess.run([*COMMAND, *written(recipe, folder)], cwd=folder, check=True, capture_output=True)
+            found.append(read(AutoModelForCausalLM.from_pretrained(folder / "theirs", dtype=torch.bfloat16), windows))
+        for name, f in (("ours", ours), ("theirs", theirs)): took[name].append(seconds(f))
+    return dict(what=f"a candidate merged and scored on {tokens:,} tokens, bf16", against="mergekit-yaml, loading it, transformers",
+                ours=statistics.mean(took["ours"]), theirs=statistics.mean(took["theirs"]),
+                note=f"nats apart by {max(abs(a / b - 1) for a, b in zip(found[::2], found[1::2])):.1e}")
+
+
+def ties(folder: Path, models: dict[str, Path]) -> list[dict]:
+    "One TIES merge to a checked folder, against mergekit's `run_merge` in this process and its command; the same file."
+    recipe, options = over_base("ties", "ties", 0.6, 0.5), MergeOptions(quiet=True, write_model_card=False)
+    words, out = written(recipe, folder), folder / "theirs"
+
+    def plain() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        config = MergeConfiguration.model_validate(yaml.safe_load((folder / words[0]).read_text()))
+        here = os.getcwd()
+        os.chdir(folder)
+        try: run_merge(config, str(out), options)
+        finally: LoaderCache.loaders.clear(), os.chdir(here)
+    command = lambda: subprocess.run([*COMMAND, *words], cwd=folder, check=True, capture_output=True)
+    arms = {"ours": lambda: merge(recipe, models, folder / "ours"), "run_merge": plain, "command": command}
+    took = {n: [] for n in arms}
+    for _ in range(2):
+        for n, f in arms.items(): took[n].append(seconds(f))
+    x, y = (load_file(folder / n / "model.safetensors") for n in ("ours", "theirs"))
+    same = x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    row = dict(what="a TIES merge to disk, bf16", ours=min(took["ours"]), note="identical bits" if same else "BITS DIFFER")
+    return [row | dict(against="mergekit's run_merge", theirs=min(took["run_merge"])),
+            row | dict(against="mergekit-yaml", theirs=min(took["command"]))]
+
+
+def large(folder: Path) -> dict[str, Path]:
+    "Three random 1.1B-parameter bf16 Llamas in shards of 500 MB, with a tokenizer."
+    spec = importlib.util.spec_from_file_location("make_tiny", TINY)
+    spec.loader.exec_module(made := importlib.util.module_from_spec(spec))
+    config = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, dtype="bfloat16",
+                         num_attention_heads=32, num_key_value_heads=4, tie_word_embeddings=False,
+                         architectures=["LlamaForCausalLM"])
+    with torch.device("meta"): shapes = {k: p.shape for k, p in LlamaForCausalLM(config).named_parameters()}
+    for i, name in enumerate(NAMES):
+        made.model(folder / name)
+        (folder / name / "model.safetensors").unlink()
+        config.save_pretrained(folder / name)
+        writer = TensorWriter(str(folder / name), max_shard_size=500_000_000)
+        for j, (k, shape) in enumerate(shapes.items()):
+            t = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=torch.Generator().manual_seed(j))
+            if i: t.add_(torch.empty_like(t).normal_(0, 0.001, generator=torch.Generator().manual_seed(1000 * i + j)))
+            writer.save_tensor(k, t)
+        writer.finalize()
+    for f in folder.rglob("*.safetensors"): synced(f)
+    return {n: folder / n for n in NAMES}
+
+
+def synced(file: Path, forget: bool = True) -> None:
+    "Put a file on the disk, and out of memory."
+    with file.open("rb") as f:
+        os.fsync(f.fileno())
+        if forget: os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def plain_copy(models: dict[str, Path], out: Path, block: int = 1 << 23) -> float:
+    "Seconds to read all the models' weights in plain blocks and to write as much as one of them, synced."
+    start = time.perf_counter()
+    with out.open("wb") as o:
+        for name, folder in models.items():
+            for file in sorted(folder.glob("*.safetensors")):
+                with file.open("rb", buffering=0) as f:
+                    while b := f.read(block):
+                        if name == "original": o.write(b)
+        o.flush()
+        os.fsync(o.fileno())
+    took = time.perf_counter() - start
+    out.unlink()
+    return took
+
+
+def watched(words: list) -> tuple[str, float, float]:
+    "What a program prints, and its peaks in GB: resident memory, and the part of it that is not a file's."
+    job = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True)
+    peaks = {"VmHWM": 0, "RssAnon": 0}
+    while job.poll() is None:
+        for line in Path(f"/proc/{job.pid}/status").read_text().splitlines():
+            if (k := line.split(":")[0]) in peaks: peaks[k] = max(peaks[k], int(line.split()[1]))
+        time.sleep(0.02)
+    assert job.returncode == 0, job.returncode
+    return job.stdout.read(), peaks["VmHWM"] / 2**20, peaks["RssAnon"] / 2**20
+
+
+def billion(folder: Path, models: dict[str, Path], recipe: Recipe) -> list[dict]:
+    "A merge of three 1B-parameter models from a cold disk; the figures of the second row are gigabytes."
+    def cold() -> None:
+        for f in folder.rglob("*.safetensors"): synced(f)
+    (folder / "recipe.json").write_text(json.dumps([recipe.name, recipe.config, recipe.seed]))
+    cold()
+    plain = plain_copy(models, folder / "plain")
+    cold()
+    said, resident, anonymous = watched([sys.executable, __file__, folder / "recipe.json", folder, folder / "ours"])
+    shutil.rmtree(folder / "ours")
+    took, checked = map(float, said.split())
+    size = sum(f.stat().st_size for m in models.values() for f in m.glob("*.safetensors")) * 4 / 3 / 1e9
+    what = f"three 1.1B models, {recipe.config['merge_method']}"
+    return [dict(what=what, against="plain reads and a write", ours=took, theirs=plain,
+                 note=f"{size / took:.2f} GB/s read and written; {checked:.0f} s of it for the checks"),
+            dict(what=f"peak memory of it, GB", against="3 GB", ours=resident, theirs=3.0, note=f"{anonymous:.2f} of it anonymous")]
+
+
+def merging(folder: Path) -> list[dict]:
+    small = jittered(folder / "small", get_model("smollm2-135m-instruct"))
+    rows = [candidates(folder / "small", small), scored(folder / "small", small), *ties(folder / "small", small)]
+    big = large(folder / "big")
+    linear = Recipe("linear", dict(merge_method="linear", dtype="bfloat16", models=[part(n, weight=w) for n, w in zip(NAMES, (0.5, 0.2, 0.3))]), {})
+    for recipe in (linear, over_base("ties", "ties", 0.6, 0.5)): rows += billion(folder / "big", big, recipe)
+    return rows
+
+
+if __name__ == "__main__":
+    (name, config, seed), out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[3])
+    models = {n: Path(sys.argv[2]) / n for n in NAMES}
+    took = seconds(lambda: merge(Recipe(name, config, {}, seed), models, out))
+    print(took, seconds(lambda: check_merged(out, models["original"], config["dtype"], models.values())))
