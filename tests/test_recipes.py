@@ -38,7 +38,7 @@ def test_check_and_plan_need_nothing(name, cli, tmp_path):
     checked, planned = cli("check", path(name), "--recipe", env=env), cli("plan", path(name), "--json", env=env)
     assert checked.returncode == planned.returncode == 0, checked.stderr + planned.stderr
     assert "nothing wrong found" in checked.stdout and json.loads(planned.stdout)["problems"] == []
-    assert time.monotonic() - started < 20 and not (tmp_path / "none").exists()
+    assert time.monotonic() - started < 60 and not (tmp_path / "none").exists()
     if name != "medical_meditron_merge": assert "tokens/s" in cli("plan", path(name), env=env).stdout
 
 
