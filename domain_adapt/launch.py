@@ -112,14 +112,15 @@ def local(params: Params, out: Path) -> None:
         finally: child.kill(); child.wait()
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
-        asked = _asked(out)
+        asked = stop.stat().st_mtime if _asked(out) else None
         stop.unlink(missing_ok=True)
     if child.returncode == 0: return
     raise_told(out)
-    if error := _told(out / "error.json"):
-        raise RuntimeError(f"training failed: {error['kind']}: {error['message']}\n{error['traceback']}")
-    if asked:
+    failed = out / "error.json"    # after their time the processes are killed, and one may call the other's end a failure
+    if asked and not (failed.exists() and failed.stat().st_mtime < asked + train.job.signal_before):
         raise Stopped("training was stopped before it could save; run again to go on from the last one saved")
+    if error := _told(failed):
+        raise RuntimeError(f"training failed: {error['kind']}: {error['message']}\n{error['traceback']}")
     raise RuntimeError(f"training ended with code {child.returncode} and no message; if the kernel killed it, "
                        "memory ran out: lower train.micro_batch or tokens.sequence_length\n"
                        f"{_tail(out / 'log.txt')}")

@@ -167,7 +167,7 @@ def test_no_process_outlives_its_parent(tmp_path, how):
         child.send_signal(signal.SIGTERM)
     error = child.communicate(timeout=120)[1]
     assert not psutil.wait_procs(children, timeout=30)[1]
-    assert {"SIGKILL": child.returncode == -9, "twice": "KeyboardInterrupt" in error, "patience": "Stopped: training was stopped before it could save" in error}[how]
+    assert {"SIGKILL": child.returncode == -9, "twice": "KeyboardInterrupt" in error, "patience": "Stopped: training was stopped before it could save" in error}[how], error
 
 
 @pytest.mark.fault
