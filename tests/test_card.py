@@ -6,7 +6,8 @@ import sys
 import pytest
 from servers.hub_upload import Upload
 
-from domain_adapt.card import Parcel, files_hash, markdown
+from domain_adapt.card import Parcel, markdown
+from domain_adapt.models import files_hash
 
 SEND = """
 import sys
