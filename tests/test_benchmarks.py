@@ -1,7 +1,9 @@
 "Prompts, scores and the evaluate stage against lm-eval's own tasks and model."
+import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,15 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from domain_adapt import benchmarks, suites
-from domain_adapt.benchmarks import SharedContext, evaluate, evenly, load_suite, read_blocks, reads_trees, run_suite, samples_file, shares
+from domain_adapt import asking, benchmarks, suites
+from domain_adapt.answers import Answers
+from domain_adapt.asking import Remembering, SharedContext, Variant, reads_trees
+from domain_adapt.benchmarks import evenly, load_suite, read_blocks, run_suite, samples_file, shares
+from domain_adapt.evaluation import evaluate, task_settings
 from domain_adapt.models import load_model, load_tokenizer
-from domain_adapt.params import Suite, UserError, load_params
+from domain_adapt.params import Questions, Slurm, Suite, UserError, load_params, validate
 from domain_adapt.perplexity import heldout_blocks, score_blocks
 from domain_adapt.runs import PACKAGE, ROOT, write_csv, write_json
 
 ITEMS = ROOT / "tests" / "tiny" / "benchmarks"
-BENCHMARKS = "variant,suite,task,metric,value,stderr,ci_low,ci_high,n,fewshot,chat_template,dtype,seed".split(",")
+BENCHMARKS = "variant,suite,task,metric,value,stderr,ci_low,ci_high,n,fewshot,chat_template,dtype,seed,cut".split(",")
 COMPARISONS = "variant,against,measure,difference,ci_low,ci_high,p,q,smallest_detectable,verdict".split(",")
 STOCK = {"arc_easy": "arc/arc_easy", "boolq": "super_glue/boolq/default", "hellaswag": "hellaswag/hellaswag", "piqa": "piqa/piqa"}
 NASTY = {"hellaswag": dict(ctx_a=' It\'s [header] a "test" [title] of  two  blanks ', ctx_b="THE crowd", activity_label=" Roof\\n "),
@@ -83,7 +88,7 @@ def tiny(kind: str, **settings):
 @pytest.mark.parametrize("kind, trees", [("Llama", True), ("Mistral", True), ("Qwen2", True), ("GPT2", True), ("Gemma2", False), ("Bloom", False)])
 def test_log_likelihoods_are_lm_evals(suite, tokenizer, kind, trees):
     from lm_eval.models.huggingface import HFLM
-    model = tiny(kind)
+    model = tiny(kind, **(dict(sliding_window=16) if kind == "Mistral" else {}))    # shorter than the prompts
     assert reads_trees(model) == trees
     ours, theirs = (benchmarks.ask(lm, suite) for lm in (SharedContext(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)))
     for name in theirs:
@@ -120,6 +125,18 @@ def test_choices_share_one_reading_of_their_context(suite, tokenizer, tiny_llama
     assert sum(once) <= sum(read) < 1.2 * sum(once)
 
 
+def test_choices_stay_together_in_the_parts_they_are_asked_in(suite, tokenizer, tiny_llama, tmp_path, monkeypatch):
+    real, parts, read = SharedContext._loglikelihood_tokens, [], []
+    def counted(self, requests, *rest): parts.append([tuple(c) for _, c, _ in requests]); return real(self, requests, *rest)
+    monkeypatch.setattr(SharedContext, "_loglikelihood_tokens", counted)
+    monkeypatch.setattr(asking, "PART", 16)
+    monkeypatch.setattr(asking, "tree_logprobs", lambda model, trees: read.extend(trees) or [[(-1.0, False) for _ in t.branches] for t in trees])
+    monkeypatch.setattr(asking, "reads_trees", lambda model: True)
+    benchmarks.ask(Remembering(Variant("v", tiny_llama, "fp32", tokenizer, Answers(tmp_path))), suite)
+    contexts = {c for p in parts for c in p}
+    assert len(parts) > 8 and len(contexts) <= len(read) <= len(contexts) + len(parts) - 1    # only a part's end may cut an item
+
+
 def test_items_are_spread_over_parts_and_positions():
     assert shares([500, 3, 500], 100) == [49, 3, 48] and sum(shares([282, 103, 234, 114, 390, 238], 100)) == 100
     assert shares([5, 0], 100) == [5, 0] and evenly(100, 4) == [12, 37, 62, 87] and evenly(3, 3) == [0, 1, 2]
@@ -147,12 +164,16 @@ def test_items_may_be_arrow_parquet_or_jsonl(tmp_path):
     data.save_to_disk(tmp_path / "arrow")
     (tmp_path / "parquet").mkdir(), data.to_parquet(tmp_path / "parquet" / "x.parquet")
     (tmp_path / "jsonl").mkdir(), (tmp_path / "jsonl" / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for kind in ("arrow", "parquet", "jsonl"): assert list(suites.read_items(tmp_path / kind)) == rows
+    config = dict(task="x", dataset_path="x", metadata={})
+    for kind in ("arrow", "parquet", "jsonl"):
+        (tmp_path / kind / "hf_datasets").mkdir()
+        (tmp_path / kind / "hf_datasets" / "x").symlink_to(tmp_path / kind)
+        assert list(suites.items(config, dict(split="test", folder="x"), [str(tmp_path), str(tmp_path / kind)])) == rows
 
 
 @pytest.mark.parametrize("name, suite, message", [
-    ("quack", Suite(), "evaluate.suites.quack: no such suite; known: quick"),
-    ("quick", Suite(data="tests/tiny/filings"), "holds no benchmark items"),
+    ("quack", Suite(), "evaluate.suites.quack: no such suite; known: .*quick"),
+    ("quick", Suite(data="tests/tiny/filings"), "none of data .tests/tiny/filings. has task arc_easy: looked for ai2_arc"),
     ("quick", Suite(data="no/such/folder"), "no such file or folder"),
     ("quick", Suite(data="hub"), "the hub did not give .* check the network")])
 def test_absent_suites_and_items_are_one_clear_error(name, suite, message, monkeypatch):
@@ -171,10 +192,10 @@ def test_task_files_can_run_no_code():
 
 
 def test_rows_and_samples(suite, tokenizer, tiny_llama, tmp_path):
-    model = load_model(tiny_llama, "fp32")
-    rows = pd.DataFrame(run_suite(model, tokenizer, "merge:a", "quick", suite, 7, tmp_path))
-    run_suite(model, tokenizer, "again", "quick", suite, 7, tmp_path)
-    assert list(rows) == BENCHMARKS and ((rows["ci_low"] <= rows["value"]) & (rows["value"] <= rows["ci_high"])).all()
+    named = lambda name: Variant(name, tiny_llama, "fp32", tokenizer, Answers(tmp_path / name))
+    rows = pd.DataFrame(run_suite(named("merge:a"), "quick", suite, 7, tmp_path))
+    run_suite(named("again"), "quick", suite, 7, tmp_path)
+    assert set(rows) == set(BENCHMARKS) and ((rows["ci_low"] <= rows["value"]) & (rows["value"] <= rows["ci_high"])).all()
     from lm_eval.api.metrics import mean_stderr
     for r in rows.itertuples():
         text = samples_file(tmp_path, "merge:a", r.task).read_text()
@@ -190,7 +211,7 @@ def made(tmp_path_factory, make_model, tokenizer):
     "params of the tiny run, and folders as tokens, train and merge leave them."
     import gzip
     root = tmp_path_factory.mktemp("run")
-    params = load_params(ROOT / "params" / "tiny.yaml", ("evaluate.perplexity.max_tokens=3000",))
+    params = load_params(ROOT / "params" / "tiny.yaml", ("evaluate.perplexity.max_tokens=3000", "evaluate.contamination=false"))
     folders = {s: root / s for s in ("tokens", "train", "merge")}
     for f in folders.values(): f.mkdir()
     for name, n in (("sec", 1), ("encyclopedia", 8), ("news", 25)):
@@ -211,11 +232,12 @@ def made(tmp_path_factory, make_model, tokenizer):
 def evaluated(made, tmp_path_factory):
     "The stage's folder, and how many blocks of each variant it scored."
     out, scored = tmp_path_factory.mktemp("evaluate"), {}
-    real = benchmarks.score_blocks
+    real = asking.score_blocks
     def counted(model, blocks, variant): scored[variant] = len(blocks); return real(model, blocks, variant)
-    benchmarks.score_blocks = counted
-    try: evaluate(*made, out)
-    finally: benchmarks.score_blocks = real
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "score_blocks", counted)
+        patch.setenv("DOMAIN_ADAPT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+        evaluate(*made, out)
     return out, scored
 
 
@@ -231,7 +253,7 @@ def test_the_stage_writes_the_contracts_tables(evaluated, made):
     pairs = compared.groupby(["variant", "against"]).size()
     assert pairs["cpt", "original"] == pairs["merge:slerp-0.5", "cpt"] == 3 + 5 and pairs["cpt@4", "cpt"] == 3
     assert "original" not in pairs.index.get_level_values(0) and ("cpt", "cpt") not in pairs.index
-    assert sorted(f.name for f in (out / "samples").iterdir()) == ["cpt", "merge:slerp-0.5", "original"]
+    assert sorted(f.name for f in (out / "samples").iterdir()) == ["chat.jsonl", "cpt", "merge:slerp-0.5", "original"]
 
 
 @pytest.mark.equality
@@ -247,11 +269,125 @@ def test_nothing_is_measured_twice_and_reused_scores_are_the_same(evaluated, mad
 
 
 @pytest.mark.equality
-def test_two_runs_write_the_same_files(evaluated, made, tmp_path):
+@pytest.mark.parametrize("remembered", [False, True])
+def test_two_runs_write_the_same_files(evaluated, made, tmp_path_factory, tmp_path, monkeypatch, remembered):
+    monkeypatch.setenv("DOMAIN_ADAPT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+    if remembered:
+        evaluate(*made, tmp_path_factory.mktemp("before"))
+        monkeypatch.setattr(asking, "load_model", None)    # nothing is left to ask
     evaluate(*made, tmp_path)
     files = sorted(f.relative_to(tmp_path) for f in tmp_path.rglob("*") if f.is_file())
-    assert files == sorted(f.relative_to(evaluated[0]) for f in evaluated[0].rglob("*") if f.is_file()) and len(files) == 5 + 3 * 5
+    assert files == sorted(f.relative_to(evaluated[0]) for f in evaluated[0].rglob("*") if f.is_file()) and len(files) == 7 + 3 * 5
     for f in files: assert (tmp_path / f).read_bytes() == (evaluated[0] / f).read_bytes(), f
+
+
+def side_by_side(made, **settings):
+    params = made[0].model_copy(update={"evaluate": made[0].evaluate.model_copy(update=settings)})
+    return params, made[1]
+
+
+def same_tables(a: Path, b: Path) -> None:
+    files = [f for f in sorted(f.relative_to(b) for f in b.rglob("*") if f.is_file()) if f.parts[0] != "jobs"]
+    assert files == sorted(f.relative_to(a) for f in a.rglob("*") if f.is_file())
+    for f in files: assert (a / f).read_bytes() == (b / f).read_bytes(), f
+
+
+@pytest.mark.equality
+def test_variants_measured_side_by_side_give_the_same_files(evaluated, made, tmp_path_factory, tmp_path, monkeypatch):
+    monkeypatch.setenv("DOMAIN_ADAPT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+    monkeypatch.setattr(asking, "load_model", None)    # this process only puts together what the others found
+    evaluate(*side_by_side(made, workers=2), tmp_path)
+    same_tables(evaluated[0], tmp_path)
+
+
+@pytest.mark.server
+@pytest.mark.equality
+def test_a_slurm_array_gives_the_same_files(evaluated, made, slurm_here, tmp_path_factory, monkeypatch):
+    for key, value in slurm_here.items(): monkeypatch.setenv(key, value)
+    monkeypatch.setenv("DOMAIN_ADAPT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+    monkeypatch.setattr(asking, "load_model", None)
+    out = tmp_path_factory.mktemp("sent")
+    evaluate(*side_by_side(made, slurm=Slurm(partition="main", memory_gb=1)), out)
+    same_tables(evaluated[0], out)
+    script = next(out.rglob("launch_script.slurm")).read_text()
+    assert "#SBATCH --array=0-3" in script and len(list((out / "jobs" / "completions").iterdir())) == 4
+
+
+def test_general_texts_are_measured_beside_what_is_held_out(made, tmp_path_factory, tmp_path, monkeypatch):
+    monkeypatch.setenv("DOMAIN_ADAPT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps(dict(text=f"Page {i}: {'rain ' * i}")) + "\n" for i in range(40)))
+    out = tmp_path_factory.mktemp("with-texts")
+    evaluate(*side_by_side(made, texts={"web": str(tmp_path / "web.jsonl")}, suites={}), out)
+    table = pd.read_csv(out / "perplexity.csv").query("corpus == 'web'")
+    assert set(table["variant"]) == {"original", "cpt@4", "cpt", "merge:slerp-0.5"} and set(table["kind"]) == {"general"} and set(table["half"]) == {"report", "all"}
+    assert (table["documents"] > 20).all() and (table["tokens"] <= 3000).all() and table["bits_per_byte"].between(table["ci_low"], table["ci_high"]).all()
+    assert "bits_per_byte/web" in set(pd.read_csv(out / "comparisons.csv")["measure"])
+    blocks, text = read_blocks(out / "blocks.csv").query("corpus == 'web' and variant == 'cpt'"), f"Page 7: {'rain ' * 7}"
+    assert blocks.iloc[7]["bytes"] == len(text) and blocks.iloc[7]["words"] == 10    # lm-eval counts what white space parts, also after the last
+
+
+@pytest.mark.server
+def test_patents_are_asked_about_and_their_abstracts_foretold(made, tmp_path_factory, tmp_path, monkeypatch):
+    import gzip
+    from servers.openai import KEY, OpenAI
+    from test_questions import good, held_out
+    monkeypatch.setenv("DOMAIN_ADAPT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("WRITER_KEY", KEY)
+    tokens = tmp_path / "tokens"
+    shutil.copytree(made[1]["tokens"], tokens)
+    with gzip.open(tokens / "us_heldout.jsonl.gz", "wt") as f: f.writelines(json.dumps(d) + "\n" for d in held_out(25))
+    out = tmp_path_factory.mktemp("patents")
+    with OpenAI(good) as server:
+        writer = dict(url=server.url, model="w", key_env="WRITER_KEY")
+        data = made[0].model_dump(mode="json")
+        data["corpora"]["us"] = dict(kind="domain", source="patents", path="none", heldout=1.0)
+        data["evaluate"] |= dict(suites={}, questions=dict(writer=writer, number=22, longest=256))
+        evaluate(validate(data), made[1] | {"tokens": tokens}, out)
+    table = pd.read_csv(out / "perplexity.csv").query("half == 'report'").set_index(["corpus", "variant"])
+    for corpus, n in (("patents/closed_book", 22), ("patents/abstract", 25)):
+        assert (table.loc[corpus, "blocks"] == n).all() and (table.loc[corpus, "kind"] == "task").all() and len(table.loc[corpus]) == 4
+    asked = json.loads((out / "settings.json").read_text())["questions"]
+    assert asked["writer"]["key_env"] == "WRITER_KEY" and len(asked["prompt"]) == 16
+    assert pd.read_csv(out / "questions" / "abstracts.csv")["patents"].sum() == 25
+    assert {"bits_per_byte/patents/abstract", "bits_per_byte/patents/closed_book"} <= set(pd.read_csv(out / "comparisons.csv")["measure"])
+    assert not any(KEY.encode() in f.read_bytes() for at in (out, tmp_path) for f in at.rglob("*") if f.is_file())
+    with pytest.raises(UserError, match="evaluate.questions: no corpus is of source patents"):
+        evaluate(*side_by_side(made, questions=Questions(writer="m")), tmp_path_factory.mktemp("none"))
+
+
+@pytest.mark.fault
+def test_a_killed_evaluation_goes_on_where_it_was(evaluated, made, tmp_path_factory, tmp_path, monkeypatch):
+    monkeypatch.setenv("DOMAIN_ADAPT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+    monkeypatch.setattr(asking, "PART", 5)
+    real, asked, most = SharedContext._loglikelihood_tokens, [], 7
+    def dies(self, requests, *rest):
+        if len(asked) == most: raise KeyboardInterrupt
+        asked.extend([None])
+        return real(self, requests, *rest)
+    monkeypatch.setattr(SharedContext, "_loglikelihood_tokens", dies)
+    lives = 0
+    while True:
+        lives, most = lives + 1, len(asked) + 7
+        try: evaluate(*made, tmp_path)
+        except KeyboardInterrupt: continue
+        break
+    parts = [len((evaluated[0] / "samples" / v / "boolq.jsonl").read_bytes()) for v in ("original", "cpt")]
+    assert lives > 3 and all(parts)
+    before, after = (pd.read_csv(f / "benchmarks.csv") for f in (evaluated[0], tmp_path))
+    assert before.equals(after)    # at most one part was asked twice
+    questions = sum(len(json.loads(line)["choices"]) for f in (tmp_path / "samples").glob("*/*.jsonl") for line in f.read_text().splitlines())
+    assert len(asked) <= -(-questions // 5) + 3 * 2
+
+
+def test_what_is_remembered_is_asked_of_these_weights_alone(tiny_llama, make_model, tmp_path, monkeypatch):
+    from domain_adapt.answers import answers_of
+    monkeypatch.setenv("DOMAIN_ADAPT_OUTPUTS", str(tmp_path / "outputs"))
+    make_model(tmp_path / "other", seed=9)
+    shutil.copytree(tiny_llama, tmp_path / "copy")
+    one, copy, other, precise = answers_of(tiny_llama, "fp32"), answers_of(tmp_path / "copy", "fp32"), answers_of(tmp_path / "other", "fp32"), answers_of(tiny_llama, "bf16")
+    (tmp_path / "copy" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    ends = answers_of(tmp_path / "copy", "fp32")    # it stops elsewhere, so it may write something else
+    assert one.folder == copy.folder and len({one.folder, other.folder, precise.folder, ends.folder}) == 4
 
 
 def test_comparisons_look_at_the_half_nothing_was_chosen_on(evaluated):
@@ -262,10 +398,108 @@ def test_comparisons_look_at_the_half_nothing_was_chosen_on(evaluated):
         assert r.difference == pytest.approx(bits[r.variant, corpus] - bits[r.against, corpus], abs=1e-9)
 
 
+TALK = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.mark.equality
+def test_in_the_chat_template_and_with_answers_shown_as_lm_eval_does(tokenizer, tiny_llama, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+    config = next(c for c in suites.configs("quick") if c["task"] == "boolq")
+    config["metadata"]["fewshot"] = config["metadata"]["parts"]
+    asked = Suite(limit=3, data=[str(ITEMS)], fewshot=1, chat_template="both")
+    talks = copy.deepcopy(tokenizer)
+    talks.chat_template = TALK
+    tasks = [benchmarks.load_task(config, asked, chat) for chat in (False, True)]
+    ours = benchmarks.ask(Remembering(Variant("v", tiny_llama, "fp32", talks, Answers(tmp_path))), tasks)
+    theirs = benchmarks.ask(HFLM(pretrained=load_model(tiny_llama, "fp32"), tokenizer=talks, batch_size=1), tasks)
+    for label in ("boolq", "boolq@chat"):
+        for a, b in zip(ours[label], theirs[label], strict=True):
+            assert a["prompt"] == b["prompt"] and a["loglikelihoods"] == pytest.approx(b["loglikelihoods"], abs=1e-3)
+    plain, chat = ours["boolq"][0]["prompt"], ours["boolq@chat"][0]["prompt"]
+    assert plain.count("Question:") == 2 and chat.startswith(f"{talks.bos_token}[user]") and chat.count("[user]") == 2
+    told = task_settings(tasks[1], talks)
+    assert told["bos"] == 1 and told["chat_template"] and told["first_tokens"] == HFLM.tok_encode(
+        Remembering(Variant("v", tiny_llama, "fp32", talks, Answers(tmp_path))), chat)[:8]
+
+
+def test_a_chat_without_a_template_is_an_error(tokenizer, tiny_llama, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    tasks = load_suite("quick", Suite(limit=1, data=[str(ITEMS)], chat_template=True))
+    with pytest.raises(UserError, match="evaluate.suites.quick.chat_template: the tokenizer of v has none"):
+        run_suite(Variant("v", tiny_llama, "fp32", tokenizer, Answers(tmp_path)), "quick", tasks, 7, tmp_path)
+    with pytest.raises(UserError, match="task mmlu_business has no items to show"): load_suite("quick", Suite(data=[str(ITEMS)], tasks=["mmlu_business"], fewshot=2))
+
+
+FIGURES = [dict(table=dict(uid="t", table=[["", "2025", "2024"], ["Revenue", "1,200", "1,000"]]),
+                paragraphs=[dict(uid="p", order=1, text="In millions.")],
+                questions=[dict(uid=f"q{i}", order=1, question=f"What was revenue in {year}?", answer=[value], derivation="", scale="million",
+                                answer_type="span", answer_from="table", rel_paragraphs=[], req_comparison=False)
+                           for i, (year, value) in enumerate((("2025", "1,200"), ("2024", "1,000")))])]
+
+
+@pytest.mark.equality
+def test_what_is_written_is_scored_remembered_and_cut(tokenizer, make_model, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tatqa_dataset_dev.json").write_text(json.dumps(FIGURES))
+    make_model(tmp_path / "model")
+    config = next(c for c in suites.configs("finance") if c["task"] == "tatqa")
+    config["generation_kwargs"]["max_gen_toks"] = 5
+    tasks = [benchmarks.load_task(config, Suite(data=[str(tmp_path / "data")]))]
+    assert tasks[0].items == ["validation/q0", "validation/q1"] and tasks[0].main_metric == "em"
+    from lm_eval.models.huggingface import HFLM
+    theirs = benchmarks.ask(HFLM(pretrained=load_model(tmp_path / "model", "fp32"), tokenizer=tokenizer, batch_size=1), tasks)["tatqa"]
+    for _ in range(2):
+        variant = Variant("v", tmp_path / "model", "fp32", tokenizer, Answers(tmp_path / "answers"))
+        rows = pd.DataFrame(run_suite(variant, "finance", tasks, 7, tmp_path))
+        kept = [json.loads(line) for line in samples_file(tmp_path, "v", "tatqa").read_text().splitlines()]
+        assert [s["answer"] for s in kept] == [s["answer"] for s in theirs] and list(rows["metric"]) == ["em", "f1"]
+    assert "model" not in vars(variant)
+    sizes = [len(tokenizer.encode(s["prompt"])) for s in kept]
+    longest = max(sizes)
+    assert rows["cut"].max() == 0
+    for room, cut in ((5, 0), (4, sizes.count(longest)), (-1000, 2)):    # 5 tokens may be written
+        short = json.loads((tmp_path / "model" / "config.json").read_text()) | {"max_position_embeddings": max(64, longest + room)}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(short))
+        variant = Variant("w", tmp_path / "model", "fp32", tokenizer, Answers(tmp_path / f"other{room}"))
+        assert run_suite(variant, "finance", tasks, 7, tmp_path)[0]["cut"] == cut
+
+
+def test_the_same_questions_asked_twice_tell_no_more_than_asked_once():
+    right = (np.random.default_rng(1).random(400) < 0.6).astype(float)
+    once, twice, other = (benchmarks.mean_of(*v) for v in (([right], [7]), ([right, right], [7, 7]), ([right, right], [7, 8])))
+    assert twice["stderr"] == once["stderr"] and (twice["ci_low"], twice["ci_high"]) == (once["ci_low"], once["ci_high"])
+    same, apart = ([SimpleNamespace(items=i) for i in two] for two in ((["a", "b"], ["a", "b"]), (["a", "b"], ["a", "c"])))
+    assert benchmarks._seeds(same, 7) == [7, 7] and benchmarks._seeds(apart, 7) == [7, 8]
+    assert once["stderr"] == pytest.approx(right.std(ddof=1) / 20, rel=0.1) and other["stderr"] < 0.85 * once["stderr"]
+
+
+def test_a_task_that_lies_in_two_folders_or_has_an_item_twice_is_an_error(tmp_path):
+    for at in ("raw", "tagged"):
+        (tmp_path / at).mkdir()
+        (tmp_path / at / "tatqa_dataset_dev.json").write_text(json.dumps(FIGURES))
+    with pytest.raises(UserError, match="tatqa_dataset_dev.json in several folders .*raw, .*tagged.*name under data the one that is meant"):
+        load_suite("mine", Suite(tasks=["tatqa"], data=[str(tmp_path)]))
+    (tmp_path / "raw" / "tatqa_dataset_dev.json").write_text(json.dumps(FIGURES * 2))
+    with pytest.raises(UserError, match="task tatqa has item validation/q0 twice"): load_suite("mine", Suite(tasks=["tatqa"], data=[str(tmp_path / "raw")]))
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(chat=dict(domain="finnance")), "evaluate.chat.domain: no prompts on finnance; known: finance, medicine, patents"),
+    (dict(questions=dict(writer="m")), "evaluate.questions: no corpus is of source patents"),
+    (dict(backend="vllm"), "evaluate.backend: vllm is not installed"), (dict(texts=dict(mine="hubris/folder")), "hubris/folder: no such file or folder")])
+def test_check_knows_what_the_evaluation_could_not_do(change, says):
+    from domain_adapt.params import Evaluate
+    from domain_adapt.pipeline import check
+    params = load_params(ROOT / "params" / "tiny.yaml")
+    wrong = check(params.model_copy(update=dict(evaluate=Evaluate(**params.evaluate.model_dump() | change))))
+    assert len(wrong) == 1 and says in wrong[0]
+
+
 def test_settings_say_what_was_asked(evaluated, tokenizer):
     told = json.loads((evaluated[0] / "settings.json").read_text())
     task = told["suites"]["quick"]["tasks"]["boolq"]
-    assert told["dtype"] == "fp32" and told["fewshot"] == 0 and told["seed"] == 7 and task["version"] == 2.0 and task["items"] == 4
+    assert told["dtype"] == "fp32" and task["fewshot"] == 0 and len(told["chat_template"]) == 16 and told["seed"] == 7 and task["version"] == 2.0 and task["items"] == 4
     sample = json.loads(samples_file(evaluated[0], "original", "boolq").read_text().splitlines()[0])
     assert task["first_tokens"] == tokenizer.encode(sample["prompt"])[:8] and task["bos"] == 0
     assert str(ROOT) not in json.dumps(told)
