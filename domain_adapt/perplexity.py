@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLICE', 'QUERIES', 'DTYPES', 'COLUMNS', 'CONTRACT', 'Block', 'prefix_token', 'document_blocks', 'spread',
            'heldout_blocks', 'selection_blocks', 'linear_head', 'block_nll', 'blockwise_attention', 'fast_attention',
-           'score_blocks', 'summarise', 'comparisons']
+           'block_rows', 'score_blocks', 'summarise', 'comparisons']
 
 # %% ../nbs/41_perplexity.ipynb #4c9bcee1
 import contextlib, re
@@ -117,7 +117,8 @@ def selection_blocks(tokens_folder: str | Path, corpora: Mapping[str, Corpus], t
 SLICE = 256
 
 def linear_head(model) -> bool:
-    "Whether the logits are just the output embedding times the last hidden states (no scaling, no capping)."
+    "Whether the logits are just the output embedding times the last hidden states (no scaling, no capping), on one device."
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1: return False
     ids = torch.arange(4, device=model.device)[None]
     plain = model.get_output_embeddings()(model.base_model(ids, use_cache=False).last_hidden_state)
     return torch.allclose(plain, model(ids, use_cache=False).logits, rtol=1e-3, atol=1e-3)
@@ -169,7 +170,7 @@ def fast_attention(model) -> Iterator[None]:
     try: yield
     finally: model.set_attn_implementation(usual)
 
-# %% ../nbs/41_perplexity.ipynb #e5c5aaff
+# %% ../nbs/41_perplexity.ipynb #43cf763a
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 COLUMNS = "variant corpus kind half document block tokens bytes words nll dtype".split()
 
@@ -183,22 +184,25 @@ def _check_fit(model, blocks: Sequence[Block], variant: str) -> None:
         raise UserError(f"{variant}: the tokenizer gives token {highest}, but the model has only {size}; "
                         "their vocabularies differ")
 
+def block_rows(blocks: Sequence[Block], nats: Sequence[float], variant: str, dtype: str) -> pd.DataFrame:
+    "Rows of `COLUMNS` for blocks and what a variant paid for each."
+    return pd.DataFrame([[variant, b.corpus, b.kind, b.half, b.document, b.block, len(b.ids), b.bytes, b.words, nll,
+                          dtype] for b, nll in zip(blocks, nats, strict=True)], columns=COLUMNS)
+
 @torch.inference_mode()
 def score_blocks(model, blocks: Sequence[Block], variant: str) -> pd.DataFrame:
     """Nats of every block: a row of `COLUMNS` each, dtype being the model's. Raises `UserError` where a block
     is longer than the model's context or holds tokens it does not know."""
-    if not blocks: return pd.DataFrame(columns=COLUMNS)
+    if not blocks: return block_rows([], [], variant, "")
     tune_cpu()
     _check_fit(model, blocks, variant)
-    linear, rows = linear_head(model), []
+    linear, nats = linear_head(model), []
     total = sum(len(b.ids) for b in blocks)
     with fast_attention(model), progress(total=total, description=f"perplexity of {variant}") as bar:
         for b in blocks:
-            nll = block_nll(model, b.context, b.ids, linear)
-            rows.append([variant, b.corpus, b.kind, b.half, b.document, b.block, len(b.ids), b.bytes, b.words,
-                         nll, DTYPES[model.dtype]])
+            nats.append(block_nll(model, b.context, b.ids, linear))
             bar.update(len(b.ids))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return block_rows(blocks, nats, variant, DTYPES[model.dtype])
 
 # %% ../nbs/41_perplexity.ipynb #c98047f4
 CONTRACT = ("variant tokens_seen corpus kind half documents blocks tokens bytes token_perplexity "
