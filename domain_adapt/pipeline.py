@@ -158,7 +158,7 @@ def run_stages(params: Params, until: str = "report", force: str | None = None) 
     if code: raise RuntimeError(f"doit ended with code {code}")
     return run
 
-# %% ../nbs/70_pipeline.ipynb #fd23d553
+# %% ../nbs/70_pipeline.ipynb #44c7f95a
 def _missing(path: str) -> str | None:
     "Why there can be nothing at `path`, without fetching anything; None where there may be."
     from domain_adapt.assets import ASSETS
@@ -180,10 +180,18 @@ def check(params: Params, recipe: bool = False) -> list[str]:
 
     With `recipe` neither data, disk nor models are looked at: only the YAML and published architectures."""
     from domain_adapt.plan import configuration, problems as training, problems_here
+    from domain_adapt.suites import check_asked
     wrong = training(params, configuration(params.model))
+    try: check_asked(params)
+    except UserError as e: wrong = [*wrong, str(e)]
     if recipe: return wrong
+    if params.evaluate.backend == "vllm":
+        from domain_adapt.asking import check_backend
+        try: check_backend("vllm")
+        except UserError as e: wrong = [*wrong, str(e)]
     paths = {f"corpora.{n}.path": c.path for n, c in params.corpora.items() if c.path}
-    paths |= {f"evaluate.suites.{n}.data": s.data for n, s in params.evaluate.suites.items() if s.data != "hub"}
+    paths |= {f"evaluate.suites.{n}.data.{i}": d for n, s in params.evaluate.suites.items() for i, d in enumerate(s.data) if d != "hub"}
+    paths |= {f"evaluate.texts.{n}": d for n, d in params.evaluate.texts.items() if d != "hub"}
     problems = [f"{key}: {why}" for key, path in paths.items() if (why := _missing(path))]
     models = {"model": params.model, "base": params.base, "train.checkpoint": params.train.checkpoint}
     problems += [f"{key}: {why}" for key, name in models.items() if name and (why := _unusable(name))] + wrong

@@ -174,6 +174,70 @@ def test_recovery_and_retention_are_shares_or_undefined():
     assert np.isnan(stats.retention(noise["before"], noise["cpt"], noise["half"])).all()
 
 
+P = st.lists(st.floats(0, 1), min_size=1, max_size=30)
+
+
+@settings(max_examples=100, deadline=None)
+@given(P, st.randoms(use_true_random=False))
+def test_q_is_at_least_p_keeps_their_order_and_does_not_depend_on_it(p, random):
+    q, order = stats.benjamini_hochberg(p), list(range(len(p)))
+    assert (q >= np.array(p) - 1e-15).all() and (q <= 1).all() and q.max() == pytest.approx(max(p))
+    assert (np.diff(q[np.argsort(p, kind="stable")]) >= 0).all()
+    random.shuffle(order)
+    assert stats.benjamini_hochberg([p[i] for i in order]) == pytest.approx(q[order])
+
+
+@settings(max_examples=100, deadline=None)
+@given(P, st.data())
+def test_a_smaller_p_never_raises_a_q(p, data):
+    at = data.draw(st.integers(0, len(p) - 1))
+    less = p[:at] + [p[at] * data.draw(st.floats(0, 1))] + p[at + 1:]
+    assert (stats.benjamini_hochberg(less) <= stats.benjamini_hochberg(p) + 1e-12).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=3, max_size=60))
+def test_paired_draws_mirror_each_other_even_where_they_are_equal(drawn):
+    a, b = np.array(drawn, float).T
+    there, back = stats.paired(a, b), stats.paired(b, a)
+    assert (there.difference, there.p, there.smallest_detectable) == (-back.difference, back.p, back.smallest_detectable)
+    assert (there.ci_low, there.ci_high) == pytest.approx((-back.ci_high, -back.ci_low)) and 0 < there.p <= 1
+    assert stats.paired(a, a).p == 1 and stats.paired(a, a)[:3] == (0, 0, 0)
+
+
+@pytest.mark.oracle
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5000), st.data())
+def test_wilson_solves_the_score_equation_and_mirrors(n, data):
+    right = data.draw(st.integers(0, n))
+    z = scipy_stats.norm.ppf(0.975)
+    for x in (found := stats.wilson(right, n)): assert n * (right / n - x) ** 2 == pytest.approx(z * z * x * (1 - x), abs=1e-8)
+    assert found == pytest.approx(tuple(1 - x for x in reversed(stats.wilson(n - right, n))), abs=1e-12)
+    assert 0 <= found[0] <= right / n <= found[1] <= 1
+
+
+def test_a_difference_of_the_smallest_detectable_size_is_found_four_times_in_five(monkeypatch):
+    monkeypatch.setattr(stats, "DRAWS", 1000)
+    g, n, sd = np.random.default_rng(0), 60, 0.05
+    gain, found, told = stats.POWER * sd / np.sqrt(n), [], []
+    for seed in range(300):
+        d = stats.ratio_draws(np.column_stack([g.normal(1 + gain, sd, n), np.ones(n)]), np.ones(n), seed)
+        pair = stats.paired(d[:, 0], d[:, 1])
+        found.append(pair.p < 0.05), told.append(pair.smallest_detectable)
+    assert 0.73 < np.mean(found) < 0.87 and np.mean(told) == pytest.approx(gain, rel=0.05)
+
+
+@pytest.mark.parametrize("n, apart", [(400, 0.2), (1000, 0.1), (2000, 0.3)])
+def test_a_smallest_detectable_difference_in_accuracy_is_found_four_times_in_five(n, apart):
+    gain = stats.POWER * np.sqrt(apart / (n + stats.POWER ** 2))    # solves gain = POWER * sqrt((apart - gain²) / n)
+    g, found, told = np.random.default_rng(0), [], []
+    for _ in range(300):
+        u = g.random(n)
+        pair = stats.mcnemar(u < (apart + gain) / 2, u > 1 - (apart - gain) / 2)
+        found.append(pair.p < 0.05), told.append(pair.smallest_detectable)
+    assert 0.7 < np.mean(found) < 0.86 and np.mean(told) == pytest.approx(gain, rel=0.05)    # exact p: a little under
+
+
 def test_statistics_need_no_torch():
     code = "import sys, domain_adapt.stats; sys.exit(sorted(m for m in ('torch', 'transformers', 'lm_eval') if m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code.replace("sys.exit(sorted(", "assert not list((")]).returncode == 0
