@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'FORGOT', 'WIDTHS', 'CAPTIONS', 'SCORES', 'ITEMS', 'MACHINE', 'AGAIN', 'SUMMARY', 'LEGEND', 'SAFE', 'CONF',
-           'LAYOUT', 'PARTS', 'interval', 'measures', 'tradeoff_table', 'read_tables', 'summarise', 'told', 'cell',
-           'listed', 'sample', 'abstract', 'headline', 'Plate', 'fold', 'table_link', 'plate_html', 'facts', 'plates',
-           'plain', 'tiles', 'front_page', 'publisher', 'stage_page', 'build_site', 'build_report']
+           'LAYOUT', 'PARTS', 'interval', 'measures', 'effects', 'tradeoff_table', 'read_tables', 'summarise', 'told',
+           'cell', 'listed', 'sample', 'abstract', 'headline', 'Plate', 'fold', 'table_link', 'plate_html', 'facts',
+           'plates', 'plain', 'tiles', 'front_page', 'publisher', 'stage_page', 'build_site', 'build_report']
 
 # %% ../nbs/61_report.ipynb #47bcf93a
 import html, json, re, shutil, subprocess, sys, tempfile
@@ -21,7 +21,7 @@ from .figures import human, in_order, minus, reported, table_html
 from .params import Params
 from .runs import ROOT, STAGES, environment, outputs, progress, write_csv, write_json, write_text
 
-# %% ../nbs/61_report.ipynb #bfc52953
+# %% ../nbs/61_report.ipynb #ea7f6a6f
 def interval(drawn: np.ndarray) -> dict[str, float | None] | None:
     "Value and 95 % interval of an array of draws; None for what is undefined, the interval or both."
     low, high = (float(x) if np.isfinite(x) else None for x in stats.interval(drawn))
@@ -30,8 +30,8 @@ def interval(drawn: np.ndarray) -> dict[str, float | None] | None:
 def measures(bits: dict[str, dict[str, np.ndarray]],
              kinds: dict[str, str]) -> dict[str, dict[str, np.ndarray]]:
     "Every measure of every variant as draws; means over corpora of a kind, changes in % of the original."
-    domain = [b for c, b in bits.items() if kinds[c] == "domain"]
-    general = [b for c, b in bits.items() if kinds[c] == "general"]
+    domain = [b for c, b in bits.items() if kinds.get(c) == "domain"]
+    general = [b for c, b in bits.items() if kinds.get(c) == "general"]
     mean = lambda parts: np.mean(parts, axis=0) if len(parts) else np.full(stats.DRAWS + 1, np.nan)
     variants = in_order(next(iter(bits.values())))
     one = lambda f: {v: f(v) for v in variants}
@@ -43,6 +43,13 @@ def measures(bits: dict[str, dict[str, np.ndarray]],
             "forgetting": one(lambda v: mean([np.maximum(0, b[v] - b["original"]) for b in general])),
             "retention": one(lambda v: stats.retention(-d["original"], -d["cpt"], -d[v])),
             "recovery": one(lambda v: stats.recovery(-a["original"], -a["cpt"], -a[v]))}
+
+# %% ../nbs/61_report.ipynb #8cabf163
+def effects(blocks: pd.DataFrame, kinds: dict[str, str], seed: int) -> pd.DataFrame:
+    "variant, measure, value, ci_low, ci_high: every measure of every variant on the blocks no choice was made on; NaN where undefined."
+    found = measures(stats.draws(reported(blocks), seed), kinds)
+    rows = [dict(variant=v, measure=m.replace("_", " "), **(interval(x) or {})) for m, by in found.items() for v, x in by.items()]
+    return pd.DataFrame(rows, columns=["variant", "measure", "value", "low", "high"]).rename(columns=dict(low="ci_low", high="ci_high"))
 
 # %% ../nbs/61_report.ipynb #9bc83a70
 def tradeoff_table(gain: dict[str, dict | None], change: dict[str, dict | None]) -> pd.DataFrame:
@@ -70,13 +77,13 @@ def read_tables(folders: dict[str, Path]) -> dict[str, pd.DataFrame]:
                                                                                                    lines=True)
     return {n: t for n, t in tables.items() if len(t)}
 
-# %% ../nbs/61_report.ipynb #2da5e814
+# %% ../nbs/61_report.ipynb #e84eb24a
 def _heldout(blocks: pd.DataFrame, kinds: dict[str, str]) -> dict[str, dict]:
     "What was measured of each corpus: documents, blocks, tokens and bytes of one variant."
     one = blocks[blocks["variant"] == blocks["variant"].iloc[0]]
     sums = {c: dict(kind=kinds[c], documents=int(b["document"].nunique()), blocks=len(b),
                     tokens=int(b["tokens"].sum()),
-                    bytes=int(b["bytes"].sum())) for c, b in one.groupby("corpus", sort=False)}
+                    bytes=int(b["bytes"].sum())) for c, b in one.groupby("corpus", sort=False) if c in kinds}
     return {c: h | {"intervals": stats.unit_label(h["documents"])} for c, h in sums.items()}
 
 def _scores(benchmarks: pd.DataFrame | None) -> dict[str, dict]:
@@ -88,15 +95,15 @@ def _scores(benchmarks: pd.DataFrame | None) -> dict[str, dict]:
                                                              high=float(r["ci_high"]), n=int(r["n"]))
     return found
 
-# %% ../nbs/61_report.ipynb #baf7cb6e
+# %% ../nbs/61_report.ipynb #32969311
 def summarise(params: Params, folders: dict[str, Path], tables: dict[str, pd.DataFrame]) -> dict:
     "The contract's summary: headline numbers computed from the tables, None where one is undefined."
-    kinds, blocks = {n: c.kind for n, c in params.corpora.items()}, reported(tables["blocks"])
+    kinds, blocks = params.kinds, reported(tables["blocks"])
     bits = stats.draws(blocks, params.seed)
     chosen, info = _json(folders["merge"] / "selection.json"), _json(folders["train"] / "info.json")
     metrics = tables.get("metrics")
     every = {name: {v: interval(x) for v, x in by.items()} for name, by in measures(bits, kinds).items()}
-    lost = {v: {c: interval(b[v] - b["original"]) for c, b in bits.items() if kinds[c] == "general"}
+    lost = {v: {c: interval(b[v] - b["original"]) for c, b in bits.items() if kinds.get(c) == "general"}
             | {"mean": every["forgetting"][v]}
             for v in every["forgetting"]}
     dtypes = sorted(set(tables["perplexity"]["dtype"].dropna())) if "perplexity" in tables else []
@@ -107,7 +114,7 @@ def summarise(params: Params, folders: dict[str, Path], tables: dict[str, pd.Dat
             "steps": int(metrics["step"].max()) if metrics is not None else None,
             "replay": params.tokens.replay,
             "precision": {"train": info.get("precision"), "evaluate": ", ".join(dtypes) or None},
-            "domain": [c for c in bits if kinds[c] == "domain"], "heldout": _heldout(blocks, kinds), **every,
+            "domain": [c for c in bits if kinds.get(c) == "domain"], "heldout": _heldout(blocks, kinds), **every,
             "forgetting": lost,
             "on_front": trade.loc[trade["on_front"], "variant"].tolist(), "winner": chosen.get("winner")
             and _variant(chosen["winner"]),
@@ -165,7 +172,7 @@ def _forgot(s: dict) -> str:
     if not change: return "No general text was held out, so forgetting was not measured."
     return f"General text {FORGOT[told(change, True)]}: its bits per byte moved by {cell(change)}."
 
-# %% ../nbs/61_report.ipynb #b750b3b3
+# %% ../nbs/61_report.ipynb #713a4919
 def _merged(s: dict) -> str:
     w = s["winner"]
     if w not in s["gain_percent"]: return s["outcome"] or ""
@@ -177,7 +184,7 @@ def _merged(s: dict) -> str:
 
 def _scored(s: dict, comparisons: pd.DataFrame | None) -> str:
     if not s["benchmarks"] or comparisons is None: return ""
-    scores = ~comparisons["measure"].str.startswith("bits_per_byte")
+    scores = ~comparisons["measure"].str.contains("^bits_per_byte|/mean$")
     c = comparisons[scores & (comparisons["against"] == "original")]
     n = max(t["n"] for by in s["benchmarks"].values() for t in by.values())
     better, worse, neither = ((c["verdict"] == v).sum() for v in ("better", "worse", "cannot tell"))
@@ -234,7 +241,7 @@ def plate_html(plate: Plate, data: pd.DataFrame, number: int) -> str:
     table = fold(f"Table: {n} rows · {table_link(plate.table)}", table, n <= 10)
     return f'<figure class="plate" id="figure-{number}">{drawn}{caption}</figure>{table}'
 
-# %% ../nbs/61_report.ipynb #d6b0f727
+# %% ../nbs/61_report.ipynb #0cdeec4c
 CAPTIONS = {
     "tradeoff": "What the domain gained against what general text lost, in % of the original's bits per "
                 "byte, with 95 % paired intervals; dashed: the variants no other beats on both. "
@@ -251,6 +258,10 @@ CAPTIONS = {
     "benchmarks": "Scores with 95 % intervals; n = {items} items a task.",
     "general": "Bits per byte with 95 % intervals; at the right token perplexity; dashed: the original. "
                "{general}.",
+    "verdicts": "Every paired comparison, after Benjamini-Hochberg over the measures of a pair: blue is better, vermilion worse, "
+                "grey cannot be told. Numbers are thousandths of a bit per byte (less is better) and points of a score.",
+    "checkpoints": "Bits per byte of every exported checkpoint over the training tokens it has seen, merges beside the last; shaded: 95 % "
+                   "intervals of each value, which are wider than those of the paired differences. Table: token perplexity.",
     "sweep": "Bits per byte of every candidate on the half of the blocks that the choice was made on, "
              "n = {select} blocks; bars: 95 % intervals of the difference from the original; small dots: other "
              "seeds of a random mask; ring: the chosen one; dashed: the front.",
@@ -271,7 +282,7 @@ def facts(tables: dict[str, pd.DataFrame], summary: dict) -> dict[str, str]:
                 items=" to ".join(f"{n:,}" for n in dict.fromkeys(items[:1] + items[-1:])),
                 select=listed(f"{n:,} ({c})" for c, n in summary["scored_on"].items()))
 
-# %% ../nbs/61_report.ipynb #0d3a3dff
+# %% ../nbs/61_report.ipynb #3f6fd7a8
 SCORES = ["variant", "corpus", "documents", "blocks", "tokens", "token_perplexity", "bits_per_byte", "ci_low",
           "ci_high"]
 ITEMS = ["variant", "task", "metric", "value", "ci_low", "ci_high", "n", "fewshot"]
@@ -285,12 +296,14 @@ def _looked_at(weights: pd.DataFrame, sweep: pd.DataFrame) -> pd.DataFrame:
 
 def plates(tables: dict[str, pd.DataFrame], summary: dict, params: Params) -> list[Plate]:
     "The front page's figures in reading order: the money chart, then the road to it."
-    kinds, found = {n: c.kind for n, c in params.corpora.items()}, reported(tables["perplexity"])
+    kinds, found = params.kinds, reported(tables["perplexity"])
     rows = {**tables, "tradeoff": headline(summary).drop(columns="general bits per byte")}
     if "metrics" in rows: rows["metrics"] = rows["metrics"].drop(columns=MACHINE, errors="ignore")
     if "benchmarks" in rows: rows["benchmarks"] = rows["benchmarks"][ITEMS]
     if "weights" in rows: rows["weights"] = _looked_at(rows["weights"], tables["sweep"])
     rows |= {kind: found.loc[found["kind"] == kind, SCORES] for kind in ("domain", "general")}
+    road = figures.checkpoint_table(tables["perplexity"])
+    rows |= {"verdicts": tables.get("comparisons", pd.DataFrame()), "checkpoints": road if len(road) > 2 else road[:0]}
     measured = lambda kind: lambda t, width: figures.perplexity(t, kind, width=width)
     tried = lambda t, width: figures.sweep(t, tables.get("seeds"), (summary["winner"] or "").removeprefix("merge:"), width=width)
     order = [("tradeoff", "Gain against forgetting", figures.tradeoff),
@@ -300,13 +313,15 @@ def plates(tables: dict[str, pd.DataFrame], summary: dict, params: Params) -> li
              ("mixture", "Mixture", figures.mixture), ("domain", "Domain perplexity", measured("domain")),
              ("benchmarks", "Benchmarks", figures.benchmarks),
              ("general", "General perplexity", measured("general")),
+             ("verdicts", "What can be told apart", figures.verdicts),
+             ("checkpoints", "While training went on", figures.checkpoints),
              ("sweep", "The merges that were tried", tried),
              ("weights", "What each layer gets of each model",
               lambda t, width: figures.effective_weights(_looked_at(t, tables["sweep"]), width=width)),
              ("geometry", "Where training moved the weights", figures.geometry),
              ("density", "How far a task vector can be trimmed", figures.density_curve),
              ("plane", "The plane through three models", figures.plane)]
-    csv, known = {"domain": "perplexity", "general": "perplexity"}, facts(tables, summary)
+    csv, known = {"domain": "perplexity", "general": "perplexity", "checkpoints": "perplexity", "verdicts": "comparisons"}, facts(tables, summary)
     return [Plate(heading, csv.get(name, name), draw, CAPTIONS[name].format(**known), rows[name])
             for name, heading, draw in order if csv.get(name, name) in tables and len(rows[name])]
 

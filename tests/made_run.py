@@ -63,7 +63,7 @@ def perplexity(b: pd.DataFrame) -> pd.DataFrame:
         for half in ("select", "report", "all"):
             x = all_halves if half == "all" else all_halves[all_halves["half"] == half]
             bits = x["nll"].sum() / x["bytes"].sum() / np.log(2)
-            rows.append(dict(variant=v, tokens_seen=81920, corpus=c, kind=k, half=half,
+            rows.append(dict(variant=v, tokens_seen=dict(original=0).get(v, 40960 if "@" in v else 81920), corpus=c, kind=k, half=half,
                              documents=x["document"].nunique(), blocks=len(x),
                              tokens=x["tokens"].sum(), bytes=x["bytes"].sum(),
                              token_perplexity=np.exp(x["nll"].sum() / x["tokens"].sum()),
@@ -81,7 +81,7 @@ def benchmarks(rng: np.random.Generator) -> pd.DataFrame:
             e = (x * (1 - x) / 100) ** .5
             rows.append(dict(variant=v, suite="quick", task=task, metric=metric, value=x, stderr=e,
                              ci_low=x - 1.96 * e, ci_high=x + 1.96 * e,
-                             n=100, fewshot=0, chat_template=False, dtype="bf16", seed=0))
+                             n=100, fewshot=0, chat_template=False, dtype="bf16", seed=0, cut=0))
     return pd.DataFrame(rows)
 
 
@@ -93,6 +93,18 @@ def comparisons(scores: pd.DataFrame) -> pd.DataFrame:
                               ci_high=r["value"] - start[r["task"]] + .06, p=.4, q=.8,
                               smallest_detectable=.09, verdict="cannot tell") for _,
                          r in scores[scores["variant"] != "original"].iterrows()])
+
+
+def _evaluated(folder: Path, scores: pd.DataFrame) -> None:
+    "What else the evaluate stage leaves; a model says hostile things."
+    tasks = {t: dict(version=1.0, items=100, items_hash="i", fewshot=0, chat_template=False, prompts_hash="p", metrics=[m], main_metric=m,
+                     first_tokens=[1, 2, 3], bos=0) for t, (m, _) in TASKS.items()}
+    write_json(folder / "settings.json", dict(dtype="bf16", seed=0, perplexity=dict(max_tokens=16384, block=1024), suites=dict(quick=dict(tasks=tasks))))
+    write_csv(folder / "contamination.csv", scores[["variant", "task", "metric", "value"]].assign(items=100, short=3, hit=2, share=2 / 97, value_without=.4))
+    talk = pd.DataFrame([dict(variant=v, kind="finance", prompt=f"What is {NASTY}?", answer=f"{NASTY} {v}", tokens=9, stopped=True, repeated=.1, loops=v == "cpt")
+                         for v in ["original", "cpt", *KEPT]])
+    write_text(folder / "samples" / "chat.jsonl", talk.to_json(orient="records", lines=True))
+    write_csv(folder / "chat.csv", pd.DataFrame([dict(variant=v, kind="finance", measure="stopped", value=1., ci_low=.2, ci_high=1., n=1) for v in talk["variant"]]))
 
 
 def _ingest(folder: Path) -> None:
@@ -284,6 +296,7 @@ def make(root: Path, title: str = "A made-up run") -> tuple[Params, dict[str, Pa
     for name, table in dict(blocks=b, perplexity=found, benchmarks=scores,
                             comparisons=comparisons(scores)).items():
         write_csv(folders["evaluate"] / f"{name}.csv", table)
+    _evaluated(folders["evaluate"], scores)
     for i, s in enumerate(STAGES[:-1], 1):
         stage = SimpleNamespace(folder=folders[s], folders=folders, params=p, copy_out=lambda address: None)
         write_text(folders["notebooks"] / f"{i}_{s}.ipynb",
