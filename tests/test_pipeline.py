@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from conftest import ROOT, TINY_YAML, stages
@@ -24,7 +25,9 @@ CSVS = {
     "4_merge/sweep.csv": "name,method,parameters,domain_bits_per_byte,general_bits_per_byte,retention,recovery,on_front",
     "5_evaluate/perplexity.csv": "variant,tokens_seen,corpus,kind,half,documents,blocks,tokens,bytes,token_perplexity,word_perplexity,"
                                  "byte_perplexity,bits_per_byte,ci_low,ci_high,dtype",
-    "5_evaluate/benchmarks.csv": "variant,suite,task,metric,value,stderr,ci_low,ci_high,n,fewshot,chat_template,dtype,seed",
+    "5_evaluate/benchmarks.csv": "variant,suite,task,metric,value,stderr,ci_low,ci_high,n,fewshot,chat_template,dtype,seed,cut",
+    "5_evaluate/chat.csv": "variant,kind,measure,value,ci_low,ci_high,n",
+    "5_evaluate/contamination.csv": "variant,task,metric,items,short,hit,share,value,value_without",
     "5_evaluate/comparisons.csv": "variant,against,measure,difference,ci_low,ci_high,p,q,smallest_detectable,verdict",
 }
 
@@ -158,7 +161,11 @@ def test_a_killed_run_is_finished_by_the_next(copy, tiny_run, cli):
 @pytest.mark.slow
 def test_two_runs_of_one_stage_at_once(copy, cli):
     child = start(copy, "train")
+    first = psutil.Process(child.pid)
+    tree = [first, *first.children(recursive=True)]
+    for p in tree: p.suspend()    # or it may be over before the second has begun
     second = cli("train", TINY_YAML, env=at(copy))
+    for p in tree: p.resume()
     assert second.returncode == 2 and "is being made by another process" in second.stderr, second.stdout + second.stderr
     said = child.communicate(timeout=300)[0]
     assert child.returncode == 0, said
@@ -175,6 +182,8 @@ def fails(done, *words) -> None:
     (["corpora.sec.path=package:filings"], ["corpora.sec.path", "unknown package asset 'filings'"]),
     (["train.stepps=3"], ["train.stepps: unknown key; did you mean steps?"]),
     (["train.steps=few"], ["train.steps", "few"]),
+    (["evaluate.suites.quack.limit=3"], ["evaluate.suites.quack: no such suite; known: finance, medical, nous, quick"]),
+    (["evaluate.suites.mine.tasks=[piqa]"], ["evaluate.suites: quick and mine both ask piqa"]),
 ])
 def test_bad_input_known_before_work(tmp_path, cli, sets, words):
     fails(cli("run", TINY_YAML, *[x for s in sets for x in ("--set", s)], env=at(tmp_path)), *words)
@@ -182,7 +191,7 @@ def test_bad_input_known_before_work(tmp_path, cli, sets, words):
 
 
 def left(outputs: Path) -> list[str]:
-    "Stage folders that are there without being complete, but ingest's, which the next run goes on with."
+    "Stage folders that are there without being complete, but for those the next run goes on with."
     return [p.name for p in (outputs / ".stages").glob("[!.]*") if not (p / "stage.json").exists() and not p.name.startswith(RESUMED)]
 
 
