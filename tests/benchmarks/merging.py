@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -35,16 +35,16 @@ TINY = Path(__file__).resolve().parent.parent / "tiny" / "make.py"
 COMMAND = [sys.executable, "-c", "from mergekit.scripts.run_yaml import main; main()"]
 
 
-def jittered(folder: Path, source: Path) -> dict[str, Path]:
-    "Three bf16 siblings of a model: itself, and two with a fiftieth of each tensor's deviation as noise."
-    for i, name in enumerate(NAMES):
+def jittered(folder: Path, source: Path, names: Sequence[str] = NAMES) -> dict[str, Path]:
+    "bf16 siblings of a model: itself, and others with a fiftieth of each tensor's deviation as noise."
+    for i, name in enumerate(names):
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.safetensors*"))
         noise, writer = torch.Generator().manual_seed(i), TensorWriter(str(folder / name))
         for k, t in Weights(source).items():
             change = 0.02 * t.float().std() * torch.randn(t.shape, generator=noise) if i else 0
             writer.save_tensor(k, (t.float() + change).bfloat16())
         writer.finalize()
-    return {n: folder / n for n in NAMES}
+    return {n: folder / n for n in names}
 
 
 def part(model: str, **parameters) -> dict:

@@ -17,10 +17,12 @@ import torch
 import trafilatura
 from datatrove.data import Document
 from lm_eval.models.huggingface import HFLM
+from evaluation import evaluation
 from merging import merging
 
 from domain_adapt.assets import resolve
-from domain_adapt.benchmarks import SharedContext, ask, load_suite
+from domain_adapt.asking import SharedContext
+from domain_adapt.benchmarks import ask, load_suite
 from domain_adapt.models import best_dtype, get_model, load_model, load_tokenizer, tune_cpu, usable_cores
 from domain_adapt.params import Suite, load_params
 from domain_adapt.perplexity import block_nll, document_blocks
@@ -178,6 +180,7 @@ if __name__ == "__main__":
     model, tokenizer = load_model(folder, dtype), load_tokenizer(folder)
     text = to_markdown(decode(next(resolve("package:filings-10k").glob("tgt*.html")).read_bytes())).text
     rows += [perplexity(model, tokenizer, text), benchmarks(model, tokenizer)]
+    with tempfile.TemporaryDirectory() as tmp: rows += evaluation(Path(tmp), dtype)
     table = pd.DataFrame(rows)
     table.insert(2, "ratio", table["theirs"] / table["ours"])
     print(f"{MODEL} in {dtype}, {torch.get_num_threads()} threads; seconds")
