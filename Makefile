@@ -20,8 +20,8 @@ lab: .venv
 .venv: .venv/installed
 
 .venv/installed: requirements.txt pyproject.toml
-	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
-	  echo "error: Python 3.11 is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo not there); name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 12))' || { \
+	  echo "error: Python 3.11 from 3.11.5 on is needed (regular expressions before it are faulty), and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo not there); name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "error: $(PYTHON) lacks venv; install it (Debian: python3.11-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
