@@ -2,9 +2,9 @@
 import gzip
 import json
 import re
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from servers import web
 
 HEADING = """Description:           Master Index of EDGAR Dissemination Feed
 Last Data Received:    March 31, 2024
@@ -37,15 +37,14 @@ def columns(rows: list[dict]) -> dict:
     return {name: [r[key] for r in rows] for name, key in COLUMNS.items()}
 
 
-class Edgar(ThreadingHTTPServer):
+class Edgar(web.Server):
     """`companies` is {cik: (name, ticker, [(form, filed, accession), ...])}. `files` maps paths to bytes, `faults` paths
     to what is done instead, one a request: a status with headers, "drop", "cut" or "page". `log` holds (time, path, agent)."""
-    daemon_threads = True
 
     def __init__(self, companies: dict, recent: int = 1000, words: int = 200):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.files, self.faults, self.log, self.pause = {}, {}, [], 0.0
-        self.base_url = f"http://127.0.0.1:{self.server_port}"
+        self.base_url = self.address
         self._lay_out(companies, recent, words)
 
     def _lay_out(self, companies: dict, recent: int, words: int) -> None:
@@ -80,19 +79,10 @@ class Edgar(ThreadingHTTPServer):
         "Paths asked for that hold `part`."
         return [path for _, path, _ in self.log if part in path]
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_): self.shutdown(); self.server_close()
     def handle_error(self, *_): pass
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_): pass
-
+class Handler(web.Handler):
     def do_GET(self):
         agent = self.headers.get("User-Agent", "")
         self.server.log.append((time.monotonic(), self.path, agent))
@@ -106,9 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         else: self.answer(200, data, {}, cut=fault == "cut")
 
     def answer(self, status: int, data: bytes, headers: dict, cut: bool = False) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items(): self.send_header(name, value)
-        self.end_headers()
+        self.head(status, len(data), headers)
         half = len(data) // 2
         self.wfile.write(data[:half])
         self.wfile.flush()

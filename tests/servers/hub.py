@@ -2,34 +2,23 @@
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from servers import web
 
 COMMIT = "c" * 40
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(web.Server):
     "`repositories` is {OWNER/NAME: {path: bytes}}. `log` holds (method, path, range)."
-    daemon_threads = True
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.repositories, self.log = repositories, []
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_): self.shutdown(); self.server_close()
+        self.endpoint = self.address
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_): pass
-
+class Handler(web.Handler):
     def do_GET(self):
         url = urlsplit(self.path)
         path, asked = unquote(url.path), parse_qs(url.query)
@@ -64,9 +53,3 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206, data[first:last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
     def json(self, data) -> None: self.answer(200, json.dumps(data).encode(), {"Content-Type": "application/json"})
-
-    def answer(self, status: int, data: bytes, headers: dict | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items(): self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD": self.wfile.write(data)

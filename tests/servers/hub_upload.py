@@ -3,36 +3,25 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from servers import web
 
 COMMIT = "d" * 40
 
 
-class Upload(ThreadingHTTPServer):
+class Upload(web.Server):
     "Tokens other than `token` are refused. `repositories` is {OWNER/NAME: {path: bytes}}, `private` those made so; `log` holds (method, path)."
-    daemon_threads = True
 
     def __init__(self, token: str = "hf_right"):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.token, self.repositories, self.private, self.stored, self.log, self.fail = token, {}, set(), {}, [], {}
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_): self.shutdown(); self.server_close()
+        self.endpoint = self.address
 
     def written(self) -> list[tuple[str, str]]: return [x for x in self.log if x[0] in ("POST", "PUT", "DELETE")]
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_): pass
-
+class Handler(web.Handler):
     def body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""): return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         found = b""
@@ -41,11 +30,7 @@ class Handler(BaseHTTPRequestHandler):
         return found
 
     def json(self, data, status: int = 200, **headers: str) -> None:
-        text = json.dumps(data).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(text)), **headers}.items(): self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD": self.wfile.write(text)
+        self.answer(status, json.dumps(data).encode(), {"Content-Type": "application/json", **headers})
 
     def asked(self) -> tuple[str, bytes] | None:
         "Path and body of a request that may be answered."

@@ -3,39 +3,29 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from servers import web
 
 KEY = "sk-made-up/0123456789"
 
 
-class OpenAI(ThreadingHTTPServer):
+class OpenAI(web.Server):
     """`reply` makes the text of a reply from the last message. `faults` are done instead, one a request, in their order: a status
     with headers and a body, bytes to send as the body of a 200, a number of seconds to sleep first, or "drop", "drip",
     "endless". `log` holds (time, path, key, body). Other keys than `key` are refused."""
-    daemon_threads = True
-
     def __init__(self, reply: Callable[[str], str | None], key: str = KEY):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.reply, self.key, self.faults, self.log, self.turn = reply, key, [], [], threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.url = f"{self.address}/v1"
 
     def prompts(self) -> list[str]:
         "The last message of each request."
         return [body["messages"][-1]["content"] for _, _, _, body in self.log]
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_): self.shutdown(); self.server_close()
     def handle_error(self, *_): pass
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_): pass
-
+class Handler(web.Handler):
     def do_GET(self):
         self.server.log.append((time.monotonic(), self.path, "", {}))
         self.answer(200, b"somewhere else")
@@ -63,9 +53,3 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for _ in range(400): self.wfile.write(part); self.wfile.flush(); time.sleep(pause)
         self.close_connection = True
-
-    def answer(self, status: int, data: bytes, headers: dict | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items(): self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
