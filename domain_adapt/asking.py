@@ -172,7 +172,7 @@ class Variant:
     backend: str = "hf"
 
     @cached_property
-    def model(self): return load_model(self.folder, self.dtype, "auto" if torch.cuda.is_available() else None)
+    def model(self): return load_model(self.folder, self.dtype, spread=True)
     @cached_property
     def engine(self) -> TemplateLM:
         if self.backend == "hf": return SharedContext(self.model, self.tokenizer)

@@ -157,18 +157,18 @@ def run_suite(variant: Variant, suite: str, tasks: Sequence[Task], seed: int, ou
     with progress(total=sum(map(_questions, tasks)), description=f"{suite} of {variant.name}") as bar:
         lm = Remembering(variant, bar)
         answered = ask(lm, tasks)
-    rows = []
+    rows, cut = [], {t.label: sum(_is_cut(lm, t, s) for s in answered[t.label]) for t in tasks}
     for t in tasks:
         lines = (json.dumps(s, ensure_ascii=False) + "\n" for s in answered[t.label])
         write_text(samples_file(out, variant.name, t.label), "".join(lines))
         how = dict(fewshot=t.task.config.num_fewshot or 0, chat_template=t.chat, dtype=variant.dtype, seed=seed,
-                   cut=sum(_is_cut(lm, t, s) for s in answered[t.label]))
+                   cut=cut[t.label])
         rows += [dict(variant=variant.name, suite=suite, task=t.name, metric=m, **scores(answered[t.label], m, seed), **how)
                  for m in t.metrics]
     values = {t.label: np.array([s[t.main_metric] for s in answered[t.label]], float) for t in tasks}
     return rows + [dict(variant=variant.name, suite=suite, task=group, metric="mean", **mean_of([values[t.label] for t in ts], _seeds(ts, seed)),
                         fewshot=ts[0].task.config.num_fewshot or 0, chat_template=chat, dtype=variant.dtype, seed=seed,
-                        cut=sum(r["cut"] for t in ts for r in rows if (r["task"], r["metric"], r["chat_template"]) == (t.name, t.main_metric, chat)))
+                        cut=sum(cut[t.label] for t in ts))
                    for (group, chat), ts in groups(tasks).items()]
 
 def groups(tasks: Sequence[Task]) -> dict[tuple[str, bool], list[Task]]:

@@ -12,17 +12,15 @@ import pandas as pd
 import torch
 from .asking import Variant
 from .params import UserError, read_yaml
-from .runs import PACKAGE, progress
+from .runs import progress
 from .stats import wilson
+from .suites import TASKS, prompts_file
 
 # %% ../nbs/44_chat.ipynb #ee6fc566
 def prompts(domain: str) -> pd.DataFrame:
     "kind and prompt: those of a domain, and everyday ones. Raises `UserError` for a domain without prompts."
-    folder = PACKAGE / "tasks" / "chat"
-    known = sorted(f.stem for f in folder.glob("*.yaml") if f.stem != "everyday")
-    if domain not in known: raise UserError(f"evaluate.chat.domain: no prompts on {domain}; known: {', '.join(known)}")
-    return pd.DataFrame([dict(kind=kind, prompt=p) for kind in (domain, "everyday")
-                         for p in read_yaml(folder / f"{kind}.yaml")["prompts"]])
+    files = [prompts_file(domain), TASKS / "chat" / "everyday.yaml"]
+    return pd.DataFrame([dict(kind=f.stem, prompt=p) for f in files for p in read_yaml(f)["prompts"]])
 
 # %% ../nbs/44_chat.ipynb #f1aca136
 BATCH = 10

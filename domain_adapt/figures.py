@@ -549,9 +549,13 @@ def benchmarks(table: pd.DataFrame, width: float = 7.4) -> Figure:
     return fig
 
 # %% ../nbs/60_figures.ipynb #896d811f
+def _road(table: pd.DataFrame) -> pd.DataFrame:
+    "The rows of the original and of every checkpoint, by tokens seen."
+    return table[[family(v) in ("original", "cpt", "cpt@") for v in table["variant"]]].sort_values("tokens_seen", kind="stable")
+
 def checkpoint_table(table: pd.DataFrame) -> pd.DataFrame:
     "Token perplexity of the original and every checkpoint (rows, by tokens seen) on each corpus. `table`: `perplexity.csv`."
-    t = reported(table[[family(v) in ("original", "cpt", "cpt@") for v in table["variant"]]]).sort_values("tokens_seen", kind="stable")
+    t = _road(reported(table))
     wide = t.pivot_table(index=["variant", "tokens_seen"], columns="corpus", values="token_perplexity", sort=False, dropna=False)
     return wide.dropna(how="all").reset_index().rename_axis(columns=None)
 
@@ -564,7 +568,7 @@ def checkpoints(table: pd.DataFrame, width: float = 7.4) -> Figure:
     last = t["tokens_seen"].max()
     for ax, corpus in zip(axes, corpora):
         rows = t[t["corpus"] == corpus]
-        road = rows[[family(v) in ("original", "cpt", "cpt@") for v in rows["variant"]]].sort_values("tokens_seen")
+        road = _road(rows)
         ax.plot(road["tokens_seen"], road["bits_per_byte"], color=colour("cpt"), lw=1.4, zorder=1)
         ax.fill_between(road["tokens_seen"], road["ci_low"], road["ci_high"], color=colour("cpt"), alpha=.15, lw=0)
         beside = rows[[family(v) == "merge:" for v in rows["variant"]]]

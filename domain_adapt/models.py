@@ -116,16 +116,17 @@ def load_tokenizer(folder: str | Path):
     if not tokenizer.is_fast: raise UserError(f"{folder}: its tokenizer has no fast form (tokenizer.json)")
     return tokenizer
 
-def load_model(folder: str | Path, dtype: str, devices: str | None = None):
-    """The model of an HF folder in evaluation mode, `dtype` being bf16 or fp32; with `devices` "auto" accelerate lays it over
-    the GPUs that there are. Raises `UserError`."""
+def load_model(folder: str | Path, dtype: str, spread: bool = False):
+    """The model of an HF folder in evaluation mode, `dtype` being bf16 or fp32; with `spread` accelerate lays it over the GPUs
+    that there are. Raises `UserError`."""
     import torch
     from transformers import AutoModelForCausalLM
     check_folder(Path(folder), str(folder))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], attn_implementation="sdpa",
-            trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True, device_map=devices,
+            trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True, 
+            device_map="auto" if spread and torch.cuda.is_available() else None,
             ignore_mismatched_sizes=True)
     except Exception as e: raise UserError(f"{folder}: the model cannot be loaded: {e}") from e
     if gone := sorted([*info["missing_keys"], *(k for k, *_ in info["mismatched_keys"])]):

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 import httpx
 import pandas as pd
-import torch
 from datatrove.utils.text import ngrams
 from tenacity import (Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt,
                       stop_when_event_set, wait_exponential_jitter)
-from .answers import Answers, answers_of
+from .answers import answers_about, answers_of
 from .chat import BATCH, generate
 from .models import best_dtype, get_model, load_model, load_tokenizer, tune_cpu
 from .params import Endpoint, UserError, read_yaml
 from .perplexity import Block, prefix_token
-from .runs import PACKAGE, digest, outputs, progress, write_csv, write_json, write_text
+from .runs import PACKAGE, digest, progress, write_csv, write_text
 from .sources.edgar import LONGEST_REST, retry_after
 from .sources.patents import part
 from .sources.reading import decode
@@ -197,7 +196,7 @@ def _spoken(talk: list[dict], tokenizer) -> str:
 def _by_model(folder: Path, dtype: str, key: str, talks: Sequence[list]) -> Iterator[tuple[int, str]]:
     "Position and reply of each talk, by a model in a folder. Raises `UserError` for a talk too long for it."
     tune_cpu()
-    model, tokenizer = load_model(folder, dtype, "auto" if torch.cuda.is_available() else None), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, dtype, spread=True), load_tokenizer(folder)
     texts = [_spoken(t, tokenizer) for t in talks]
     need = max(map(len, tokenizer(texts)["input_ids"])) + MOST
     if need > (limit := getattr(model.config, "max_position_embeddings", None) or need):
@@ -208,19 +207,13 @@ def _by_model(folder: Path, dtype: str, key: str, talks: Sequence[list]) -> Iter
             yield i, BEGUN + tokenizer.decode(ids, skip_special_tokens=True)
 
 # %% ../nbs/45_questions.ipynb #08f6ab61
-def _answers_of_service(endpoint: Endpoint) -> Answers:
-    "What the model behind an endpoint answered before."
-    about = endpoint.model_dump(include={"url", "model", "request"})
-    at = outputs() / ".cache" / "answers" / digest(about)
-    write_json(at / "about.json", about)
-    return Answers(at)
-
 def replies(talks: Sequence[list[dict]], writer: str | Endpoint, precision: str = "auto",
             key: str = "evaluate.questions") -> list[str]:
     """Replies to talks, of a model (packaged, folder, s3:// or hub id) or an endpoint; those given before are not
     asked for again. Raises `UserError` naming `key`."""
     if isinstance(writer, Endpoint):
-        known, ask = _answers_of_service(writer), lambda todo: _by_service(writer, key, todo)
+        known = answers_about(writer.model_dump(include={"url", "model", "request"}))
+        ask = lambda todo: _by_service(writer, key, todo)
     else:
         folder, dtype = get_model(writer), best_dtype(precision)
         known, ask = answers_of(folder, dtype), lambda todo: _by_model(folder, dtype, key, todo)

@@ -276,9 +276,8 @@ def test_two_runs_write_the_same_files(evaluated, made, tmp_path_factory, tmp_pa
         evaluate(*made, tmp_path_factory.mktemp("before"))
         monkeypatch.setattr(asking, "load_model", None)    # nothing is left to ask
     evaluate(*made, tmp_path)
-    files = sorted(f.relative_to(tmp_path) for f in tmp_path.rglob("*") if f.is_file())
-    assert files == sorted(f.relative_to(evaluated[0]) for f in evaluated[0].rglob("*") if f.is_file()) and len(files) == 7 + 3 * 5
-    for f in files: assert (tmp_path / f).read_bytes() == (evaluated[0] / f).read_bytes(), f
+    same_tables(evaluated[0], tmp_path)
+    assert sum(f.is_file() for f in tmp_path.rglob("*")) == 7 + 3 * 5
 
 
 def side_by_side(made, **settings):
@@ -351,6 +350,9 @@ def test_patents_are_asked_about_and_their_abstracts_foretold(made, tmp_path_fac
     assert pd.read_csv(out / "questions" / "abstracts.csv")["patents"].sum() == 25
     assert {"bits_per_byte/patents/abstract", "bits_per_byte/patents/closed_book"} <= set(pd.read_csv(out / "comparisons.csv")["measure"])
     assert not any(KEY.encode() in f.read_bytes() for at in (out, tmp_path) for f in at.rglob("*") if f.is_file())
+    with gzip.open(tokens / "us_heldout.jsonl.gz", "wt"): pass
+    with pytest.raises(UserError, match="evaluate.questions: there are no held-out patents"):
+        evaluate(validate(data), made[1] | {"tokens": tokens}, tmp_path_factory.mktemp("empty"))
     with pytest.raises(UserError, match="evaluate.questions: no corpus is of source patents"):
         evaluate(*side_by_side(made, questions=Questions(writer="m")), tmp_path_factory.mktemp("none"))
 

@@ -253,7 +253,7 @@ def test_a_model_of_ours_writes_and_what_it_cannot_write_is_counted(writer, tmp_
         questions(held_out(), str(writer), 2, tmp_path / "out", "fp32")
     assert [r["reason"] for r in read_lines(tmp_path / "out" / "rejected.jsonl")] == ["unparsable"] * 2
     assert (tmp_path / "out" / "questions.jsonl").read_text() == ""
-    monkeypatch.setattr(room, "load_model", lambda *_: pytest.fail("loaded again"))
+    monkeypatch.setattr(room, "load_model", lambda *_, **__: pytest.fail("loaded again"))
     first = (tmp_path / "out" / "rejected.jsonl").read_bytes()
     with pytest.raises(UserError): questions(held_out(), str(writer), 2, tmp_path / "out", "fp32")
     assert (tmp_path / "out" / "rejected.jsonl").read_bytes() == first
