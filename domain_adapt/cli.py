@@ -49,7 +49,7 @@ def run(params: File, until: Annotated[str, typer.Option(help="the last stage to
 
 def _headline(done) -> None:
     import json
-    from domain_adapt.report import headline
+    from domain_adapt.summary import headline
     from rich.table import Table
     frame = headline(json.loads((done.folder / "summary.json").read_text()))
     table = Table(box=None)

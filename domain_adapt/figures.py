@@ -69,7 +69,8 @@ def markers(variants: Iterable[str]) -> dict[str, dict]:
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", CARD: "card"}
 
 def svg(figure: Figure, alt: str = "") -> str:
-    "The figure as an `<svg>` that follows the page's theme, always the same; `alt` is for screen readers."
+    "The figure as an `<svg>` that follows the page's theme, always the same; `alt`, or what its function says it shows, is for screen readers."
+    alt = alt or getattr(figure, "alt", "") or "a figure"
     with matplotlib.rc_context(STYLE):
         FigureCanvasSVG(figure).print_svg(out := io.StringIO(), metadata={"Date": None, "Creator": None})
     text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", out.getvalue(), flags=re.S)
@@ -94,7 +95,10 @@ def drawing(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @functools.wraps(draw)
     def styled(table: pd.DataFrame, *args, width: float = 7.4, **named) -> Figure:
         with matplotlib.rc_context(STYLE):
-            if len(table): return draw(table, *args, width=width, **named)
+            if len(table):
+                fig = draw(table, *args, width=width, **named)
+                fig.alt = getattr(fig, "alt", "") or " ".join((draw.__doc__ or draw.__name__).split("`")[0].split()).rstrip(". ")
+                return fig
             (fig := Chart(width, .6)).text(0, .5, "This run measured nothing here: the table is empty.",
                                            color=MUTED, va="center")
             return fig
@@ -131,13 +135,15 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame:
     return text.drop(columns=["ci low", "ci high"])
 
 def table_html(frame: pd.DataFrame, label: str) -> str:
-    "An HTML table that scrolls in its own box: text escaped, numbers to the right, long text wrapped."
+    "An HTML table that scrolls in its own box: text escaped, numbers to the right with all their digits in `data-v`, long text wrapped."
     text = shown(frame)
-    figures = {c for c in text if text[c].str.match(r"^([\d\N{MINUS SIGN}+–]|\[)").all()}
+    figures = {c for c in text if text[c].str.match(r"^([\d\N{MINUS SIGN}+–]|\[)").all() and not text[c].str.match(r"^\d+[-.]\d+[-.]").any()}
     mark = lambda c, cell="": ' class="n"' if c in figures else ' class="long"' if len(cell) > 40 else ""
+    exact = {str(c).replace("_", " "): frame[c].tolist() for c in frame if pd.api.types.is_float_dtype(frame[c].dtype)}
+    full = lambda c, i: f' data-v="{exact[c][i]!r}"' if c in exact and np.isfinite(exact[c][i]) else ""
     head = "".join(f'<th scope="col"{mark(c)}>{html.escape(c)}</th>' for c in text)
-    body = "".join("<tr>" + "".join(f"<td{mark(c, r[c])}>{html.escape(r[c])}</td>" for c in text) + "</tr>"
-                   for _, r in text.iterrows())
+    body = "".join("<tr>" + "".join(f"<td{mark(c, r[c])}{full(c, i)}>{html.escape(r[c])}</td>" for c in text) + "</tr>"
+                   for i, r in enumerate(text.to_dict("records")))
     return (f'<div class="rows" tabindex="0" role="region" aria-label="{html.escape(label)}">'
             f'<table class="table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
@@ -149,7 +155,7 @@ class Table:
         self.frame = data.rename_axis("what").rename("value").reset_index() if series else data
 
     def _repr_html_(self) -> str:
-        return table_html(self.frame, "table") if len(self.frame) else f"<p>{html.escape(self.empty)}</p>"
+        return table_html(self.frame, ", ".join(map(str, self.frame.columns[:4])).replace("_", " ")) if len(self.frame) else f"<p>{html.escape(self.empty)}</p>"
 
     def __repr__(self) -> str: return shown(self.frame).to_string(index=False) if len(self.frame) else self.empty
 
@@ -625,7 +631,7 @@ class Talk:
         said = lambda r: f"{r.tokens} tokens{'' if r.stopped else ', cut off'}{', ends in a loop' if r.loops else ''}"
         parts = []
         for (kind, prompt), rows in self.answers.groupby(["kind", "prompt"], sort=False) if len(self.answers) else ():
-            table = pd.DataFrame({"variant": rows["variant"], "answer": rows["answer"], "": [said(r) for r in rows.itertuples()]})
+            table = pd.DataFrame({"variant": rows["variant"], "answer": rows["answer"], "how it ended": [said(r) for r in rows.itertuples()]})
             parts.append(f'<details class="fold"><summary>{html.escape(f"{kind}: {prompt}")}</summary>{table_html(table, prompt)}</details>')
         return "".join(parts) or "<p>No chat was asked for.</p>"
 

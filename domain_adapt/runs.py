@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LIBC', 'STAGES', 'RESUMED', 'HOW', 'ROOT', 'PACKAGE', 'DRAWING', 'DATA', 'write_bytes', 'write_text', 'write_json',
            'write_csv', 'read_lines', 'whole_folder', 'progress', 'die_with_parent', 'outputs', 'notebook_path',
-           'digest', 'modules_used', 'local_path', 'fingerprint', 'environment', 'locked', 'Stage', 'Run', 'enter',
-           'note_done', 'up_to_date', 'open_stage']
+           'digest', 'modules_used', 'local_path', 'fingerprint', 'environment', 'machine', 'peak_memory', 'locked',
+           'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'open_stage']
 
 # %% ../nbs/02_runs.ipynb #0b049725
-import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, shutil, tempfile, time, uuid
+import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, resource, shutil, sys, tempfile, time, uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,7 +166,7 @@ def modules_used(source: str, without: frozenset[str] = frozenset()) -> list[str
     return sorted(seen)
 
 # %% ../nbs/02_runs.ipynb #0a9d6927
-DRAWING = frozenset({"figures", "report"})
+DRAWING = frozenset({"claims", "figures", "provenance", "report", "site", "summary"})
 DATA = {"suites": "tasks"}
 
 def _cells(stage: str, tag: str | None = None) -> list[str]:
@@ -227,6 +227,22 @@ def environment() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): versions[n] = importlib.metadata.version(n)
     return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", **versions}
 
+def machine() -> dict[str, Any]:
+    "What a stage ran on: cpu, cores and bytes of memory it may use, names of the GPUs where torch sees any."
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in (info.read_text() if info.is_file() else "").splitlines() if line.startswith("model name")]
+    torch = sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return dict(cpu=names[0] if names else platform.processor() or "unknown", cores=len(cores),
+                memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), gpus=gpus)
+
+def peak_memory() -> int:
+    "Bytes of the largest process so far: this one, or one that it started and that has ended."
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+# %% ../nbs/02_runs.ipynb #c030c3d7
 def _hashes(folder: Path) -> dict[str, dict]:
     "Size and sha256 of every file below `folder`; a checkpoint's are those that its `checksums.json` says."
     found = {}
@@ -287,7 +303,8 @@ class Stage:
             work(self.params, self.folders, self.folder)
             stamp = lambda t: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(t))
             write_json(self.record, dict(stage=self.name, key=self.key, started=stamp(started), finished=stamp(time.time()),
-                                         seconds=round(time.time() - started, 1), environment=environment(), code=_code(self.name), files=_hashes(self.folder)))
+                                         seconds=round(time.time() - started, 1), peak_memory_bytes=peak_memory(),
+                                         machine=machine(), environment=environment(), code=_code(self.name), files=_hashes(self.folder)))
         except BaseException as e:
             full = os.strerror(errno.ENOSPC) in str(e) or shutil.disk_usage(self.folder).free < 2**16
             self._clear()

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 import made_run
-from domain_adapt.report import build_report, headline, interval, told
+from domain_adapt.report import build_report
+from domain_adapt.summary import headline, interval, told
 
 
 @pytest.fixture(scope="module")
