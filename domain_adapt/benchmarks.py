@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'SHOTS', 'KEY', 'COLUMNS', 'Task', 'load_task', 'load_suite', 'ask', 'scores', 'samples_file', 'run_suite',
-           'groups', 'mean_of', 'kept_merges', 'variant_folders', 'tokens_seen', 'read_blocks', 'already', 'unscored',
+           'groups', 'mean_of', 'kept_merges', 'variant_folders', 'tokens_seen', 'already', 'unscored',
            'answer_comparisons', 'compare']
 
 # %% ../nbs/42_benchmarks.ipynb #cd442082
@@ -221,11 +221,6 @@ def tokens_seen(variants: Iterable[str], train: Path) -> dict[str, int | None]:
 
 # %% ../nbs/42_benchmarks.ipynb #1bc98cf3
 KEY = ["variant", "corpus", "document", "block"]
-
-def read_blocks(path: Path) -> pd.DataFrame:
-    "A blocks.csv as it was written: ids stay text, numbers exact."
-    return pd.read_csv(path, dtype={"document": str, "variant": str, "corpus": str}, keep_default_na=False,
-                       na_values={"nll": [""]})
 
 def already(blocks: Sequence[Block], variant: str, scored: pd.DataFrame) -> pd.DataFrame:
     "The rows of `scored` for `variant` that are of `blocks`."

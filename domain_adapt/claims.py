@@ -6,7 +6,7 @@
 __all__ = ['SEC', 'CASE', 'RISE', 'HALF', 'ANOTHER', 'CLAIMS', 'COLUMNS', 'Finding', 'moved', 'same', 'below', 'Evidence',
            'Claim', 'domain_tasks', 'claims', 'claims_sentence']
 
-# %% ../nbs/62_claims.ipynb #00252172
+# %% ../nbs/62_claims.ipynb #ff64f224
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +14,13 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .benchmarks import read_blocks
 from .figures import reported
-from .landscape import ORTHOGONAL, SAME_BITS
 from .params import Params
 from .runs import read_lines
-from .stats import POWER, by_kind, interval, mcnemar, paired, retention
+from .stats import ORTHOGONAL, POWER, SAME_BITS, by_kind, interval, mcnemar, paired, read_blocks, retention
 from .suites import configs
 
-# %% ../nbs/62_claims.ipynb #e79de02d
+# %% ../nbs/62_claims.ipynb #62cd4843
 @dataclass(frozen=True)
 class Finding:
     "What decides a claim: value and 95 % interval in `unit`, what `n` counts, the verdict, and in words what was measured."
@@ -50,7 +48,7 @@ def below(low: float, high: float, limit: float) -> str:
     if not np.isfinite([low, high]).all() or low <= limit < high: return "cannot tell"
     return "holds" if high <= limit else "fails"
 
-# %% ../nbs/62_claims.ipynb #22935dc4
+# %% ../nbs/62_claims.ipynb #4690bd0c
 class Evidence:
     "The tables of a run that claims are held against. `folders`: of the stages, by name; `winner`: of the merges, where one was chosen."
     def __init__(self, params: Params, folders: dict[str, Path], winner: str | None):
@@ -81,7 +79,7 @@ class Evidence:
         t = self.table("merge", "geometry.csv")
         return t[t["module"] == "all"] if len(t) else t
 
-# %% ../nbs/62_claims.ipynb #f79bc089
+# %% ../nbs/62_claims.ipynb #b40330aa
 def _counted(blocks: pd.DataFrame, kind: str) -> str:
     "How many blocks of how many documents of a kind of text one variant read."
     one = blocks[(blocks["kind"] == kind) & (blocks["variant"] == blocks["variant"].iloc[0])]
@@ -96,7 +94,7 @@ def _change(e: Evidence, kind: str, variant: str | None, against: str, measure: 
     low, high = interval(change)
     return Finding(measure, float(change[0]), low, high, "%", _counted(e.reported, kind), verdict(low, high))
 
-# %% ../nbs/62_claims.ipynb #257e3b74
+# %% ../nbs/62_claims.ipynb #ec4d1bbd
 SEC, CASE = "SEC", "case study"
 RISE, HALF = 1.0, 0.5
 
@@ -133,7 +131,7 @@ def _kept(e: Evidence) -> Finding | None:
     return Finding(f"share of CPT's gain that the chosen merge keeps; holds above {HALF:.0%}".replace("%", " %"), float(kept[0]), low, high, "%",
                    _counted(e.reported, "domain"), verdict)
 
-# %% ../nbs/62_claims.ipynb #380d621e
+# %% ../nbs/62_claims.ipynb #7eac1f27
 def domain_tasks() -> set[str]:
     "Tasks that ask about a domain; all others ask for general knowledge."
     asked = [*configs("finance"), *(c for c in configs("medical") if c["metadata"]["group"] == "medicine")]
@@ -166,7 +164,7 @@ def _scores_recover(e: Evidence) -> Finding | None:
 def _domain_scores(e: Evidence) -> Finding | None:
     return _points(e, "cpt", "original", True, "mean score of domain benchmarks, CPT against the original", False)
 
-# %% ../nbs/62_claims.ipynb #c10c3425
+# %% ../nbs/62_claims.ipynb #33450259
 def _finished(e: Evidence) -> Finding | None:
     path = e.folders["evaluate"] / "samples" / "chat.jsonl"
     talk = pd.DataFrame(read_lines(path)) if path.is_file() else pd.DataFrame()
@@ -176,11 +174,12 @@ def _finished(e: Evidence) -> Finding | None:
     return Finding("share of chat answers that come to an end, the chosen merge against CPT", 100 * p.difference, 100 * p.ci_low,
                    100 * p.ci_high, "points", f"{len(a)} prompts", moved(p.ci_low, p.ci_high, down=False))
 
-# %% ../nbs/62_claims.ipynb #baa538f0
+# %% ../nbs/62_claims.ipynb #b9ad057d
 def _methods(e: Evidence, methods: tuple[str, ...]) -> pd.DataFrame:
     "The candidates of some methods, in the order they were tried, with their settings."
-    if e.sweep.empty: return pd.DataFrame()
-    t = e.sweep[e.sweep["method"].isin(methods)]
+    if e.sweep.empty or not e.tried: return pd.DataFrame()
+    measured = [n.removeprefix("merge:") for n in next(iter(e.tried.values()))]
+    t = e.sweep[e.sweep["method"].isin(methods) & e.sweep["name"].isin(measured)]
     return t.assign(settings=t["parameters"].map(json.loads))
 
 def _pair(e: Evidence, a: str, b: str, measure: str, verdict: Callable[[float, float], str]) -> Finding:
@@ -212,7 +211,7 @@ def _dare(e: Evidence) -> Finding | None:
     if not (pair := _at_equal_weight(e, ("dare_ties",), "weight", ("ties",))): return None
     return _pair(e, *pair, f"{pair[0]} less {pair[1]}; the same within {SAME_BITS:g}", lambda low, high: same(low, high, SAME_BITS))
 
-# %% ../nbs/62_claims.ipynb #040e0bef
+# %% ../nbs/62_claims.ipynb #63c2b269
 def _counted_weights(t: pd.DataFrame) -> str: return f"all {int(t['parameters'].iloc[0]):,} weights"
 
 def _aligned(e: Evidence) -> Finding | None:
@@ -245,7 +244,7 @@ def _beats_parents(e: Evidence) -> Finding | None:
     parent = min(("original", "cpt"), key=lambda v: by[v][0])
     return _change(e, "general", e.winner, parent, f"bits per byte of general text, the chosen merge against the better parent, {parent}", moved)
 
-# %% ../nbs/62_claims.ipynb #d0671f90
+# %% ../nbs/62_claims.ipynb #ca79f880
 ANOTHER = lambda e: None
 CLAIMS = [
     Claim("CPT lowers the perplexity of domain text", SEC, _gain, "held-out domain text"),

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from .answers import answers_of
 from .asking import Variant, check_backend, read_blocks_of
-from .benchmarks import (SHOTS, Task, already, compare, load_suite, read_blocks, run_suite, samples_file,
+from .benchmarks import (SHOTS, Task, already, compare, load_suite, run_suite, samples_file,
                                      tokens_seen, unscored, variant_folders)
 from .chat import answers, prompts, rates
 from .contamination import contamination, scores_without, training_texts
@@ -27,6 +27,7 @@ from .params import Params, UserError, validate
 from .perplexity import Block, heldout_blocks, prefix_token, summarise
 from .runs import die_with_parent, progress, read_lines, write_csv, write_json, write_text
 from .questions import abstract_blocks, closed_book_blocks, prompt_hash, questions
+from .stats import read_blocks
 from .suites import check_asked, strings
 from .texts import KNOWN, text_blocks
 

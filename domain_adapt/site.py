@@ -6,7 +6,7 @@
 __all__ = ['WIDTHS', 'MOST', 'CONF', 'LAYOUT', 'PARTS', 'SCRIPT', 'Plate', 'fold', 'table_link', 'saved_table', 'plate_html',
            'plain', 'as_markdown', 'raw', 'publisher', 'build_site']
 
-# %% ../nbs/64_site.ipynb #1730c421
+# %% ../nbs/64_site.ipynb #9c107dd6
 import html, re, shutil, subprocess, sys, tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def plate_html(plate: Plate, data: pd.DataFrame, number: int) -> str:
     caption = f"<figcaption><b>Figure {number}.</b> {html.escape(plate.caption)}</figcaption>"
     return f'<figure class="plate" id="figure-{number}">{drawn}{caption}</figure>{saved_table(plate.table, plate.rows, plate.heading)}'
 
-# %% ../nbs/64_site.ipynb #58b8d39a
+# %% ../nbs/64_site.ipynb #53e4a108
 def plain(text: str) -> str:
     "A title on one line that cannot be markup."
     return " ".join(text.replace("<", "‹").replace(">", "›").split())
@@ -62,7 +62,7 @@ def as_markdown(text: str) -> str:
 
 def raw(content: str) -> str: return f"\n``````{{raw}} html\n{content}\n``````\n"
 
-# %% ../nbs/64_site.ipynb #21f42f15
+# %% ../nbs/64_site.ipynb #814574e9
 def _strings(x) -> list[str]:
     "Every text inside nested lists and dicts."
     if isinstance(x, dict): x = list(x.values())
@@ -176,7 +176,7 @@ html[data-theme="dark"] .bd-content div.cell_output .text_html {
     .bd-main .bd-content .bd-article h1:first-of-type { display: block; text-align: left; } }
 """
 
-# %% ../nbs/64_site.ipynb #4398ad03
+# %% ../nbs/64_site.ipynb #bbde250a
 SCRIPT = r"""
 const content = cell => cell.dataset.v ?? cell.textContent.trim();
 const number = text => parseFloat(text.replace(/\u2212/g, "-").replace(/[\s,\u00a0[]/g, ""));
@@ -238,6 +238,6 @@ def build_site(title: str, pages: dict[str, str], extra: dict[str, str], out: Pa
         said = done.stderr.replace(f"{source}/", "").strip()
         if done.returncode: raise RuntimeError(f"sphinx could not build the report: {said}")
         if said: print(said)
-        unused = shutil.ignore_patterns("*.map", ".buildinfo", "objects.inv", "_sources", "locales")
+        unused = shutil.ignore_patterns("*.map", ".buildinfo", "objects.inv", "_sources", "locales", "*webpack-macros.html")
         for page in site.rglob("*.html"): page.write_text(_plain_marks.sub(r"\1", page.read_text(encoding="utf-8")), encoding="utf-8")
         shutil.copytree(site, out, ignore=unused, dirs_exist_ok=True)

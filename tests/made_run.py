@@ -3,7 +3,7 @@
 `make(root)` writes the folders of stages 1 to 5 and their executed notebooks, whose tables and figures are
 drawn by the cells of the real stage notebooks.
 """
-import ast, atexit, functools, gzip, json, shutil, tempfile
+import ast, atexit, functools, gzip, hashlib, json, shutil, tempfile
 from pathlib import Path
 from types import SimpleNamespace
 import nbformat
@@ -86,13 +86,11 @@ def benchmarks(rng: np.random.Generator) -> pd.DataFrame:
 
 
 def comparisons(scores: pd.DataFrame) -> pd.DataFrame:
-    start = scores[scores["variant"] == "original"].set_index("task")["value"]
-    return pd.DataFrame([dict(variant=r["variant"], against="original", measure=f"{r['task']}/{r['metric']}",
-                              difference=r["value"] - start[r["task"]],
-                              ci_low=r["value"] - start[r["task"]] - .06,
-                              ci_high=r["value"] - start[r["task"]] + .06, p=.4, q=.8,
-                              smallest_detectable=.09, verdict="cannot tell") for _,
-                         r in scores[scores["variant"] != "original"].iterrows()])
+    value = scores.set_index(["variant", "task"])["value"]
+    pairs = [(r, against) for _, r in scores.iterrows() for against in ("original", "cpt") if r["variant"] not in (against, "original")]
+    return pd.DataFrame([dict(variant=r["variant"], against=against, measure=f"{r['task']}/{r['metric']}",
+                              difference=(d := r["value"] - value[against, r["task"]]), ci_low=d - .06, ci_high=d + .06, p=.4, q=.8,
+                              smallest_detectable=.09, verdict="cannot tell") for r, against in pairs])
 
 
 def _evaluated(folder: Path, scores: pd.DataFrame) -> None:
@@ -124,10 +122,9 @@ def _ingest(folder: Path) -> None:
     for corpus in KINDS:
         path = folder / "documents" / corpus / "00000.jsonl.gz"
         path.parent.mkdir(parents=True)
-        with gzip.open(path, "wt") as f: f.write(json.dumps(dict(id=f"{corpus}/1",
-                                                                 text=f"# A document\n\n{NASTY} " * 20,
-                                                                 metadata=dict(source_path="a.html"))) + "\n")
-        write_json(folder / "logs" / corpus / "files" / "00000.json", [dict(path="a.html", hub="elsewhere")])
+        document = dict(id=f"{corpus}/1", text=f"# A document\n\n{NASTY} " * 20, metadata=dict(source_path=f"{NASTY}.html"))
+        path.write_bytes(gzip.compress(json.dumps(document).encode() + b"\n", mtime=0))
+        write_json(folder / "logs" / corpus / "files" / "00000.json", [dict(path=f"{NASTY}.html", hub="elsewhere")])
 
 
 SKIPPED = {17: (4.1, 61.), 31: (None, None)}    # loss and norm of batches that were not learnt from
@@ -275,6 +272,15 @@ def notebook(path: Path, stage) -> nbformat.NotebookNode:
     return book
 
 
+def _record(stage: str, folder: Path) -> None:
+    "What the stage would have recorded of its files."
+    files = {str(f.relative_to(folder)): dict(bytes=f.stat().st_size, sha256=hashlib.sha256(f.read_bytes()).hexdigest())
+             for f in sorted(folder.rglob("*")) if f.is_file()}
+    write_json(folder / "stage.json", dict(stage=stage, key=f"{stage}-key", started="2026-01-01T00:00:00Z", finished="2026-01-01T00:01:00Z", seconds=60.,
+                                           peak_memory_bytes=2 ** 30, machine=dict(cpu=f"a {NASTY} processor", cores=2, memory_bytes=2 ** 34, gpus=[]),
+                                           environment=dict(python="3.11"), code={}, files=files))
+
+
 def make(root: Path, title: str = "A made-up run") -> tuple[Params, dict[str, Path]]:
     "Folders of a finished run below `root`, all but the report."
     p, rng = params(title), np.random.default_rng(0)
@@ -293,10 +299,12 @@ def make(root: Path, title: str = "A made-up run") -> tuple[Params, dict[str, Pa
     write_csv(folders["tokens"] / "splits.csv", splits)
     _train(folders["train"], rng)
     _merge(folders["merge"], perplexity(tried))
+    write_csv(folders["merge"] / "blocks.csv", tried[tried["half"] == "select"])
     for name, table in dict(blocks=b, perplexity=found, benchmarks=scores,
                             comparisons=comparisons(scores)).items():
         write_csv(folders["evaluate"] / f"{name}.csv", table)
     _evaluated(folders["evaluate"], scores)
+    for s in STAGES[:-1]: _record(s, folders[s])
     for i, s in enumerate(STAGES[:-1], 1):
         stage = SimpleNamespace(folder=folders[s], folders=folders, params=p, copy_out=lambda address: None)
         write_text(folders["notebooks"] / f"{i}_{s}.ipynb",

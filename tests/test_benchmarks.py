@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from domain_adapt import asking, benchmarks, suites
 from domain_adapt.answers import Answers
 from domain_adapt.asking import Remembering, SharedContext, Variant, reads_trees
-from domain_adapt.benchmarks import evenly, load_suite, read_blocks, run_suite, samples_file, shares
+from domain_adapt.benchmarks import evenly, load_suite, run_suite, samples_file, shares
+from domain_adapt.stats import read_blocks
 from domain_adapt.evaluation import evaluate, task_settings
 from domain_adapt.models import load_model, load_tokenizer
 from domain_adapt.params import Questions, Slurm, Suite, UserError, load_params, validate

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from domain_adapt import sweep
-from domain_adapt.benchmarks import read_blocks
+from domain_adapt.stats import read_blocks
 from domain_adapt.merge import merge
 from domain_adapt.params import Merge, Select, UserError, validate
 from domain_adapt.recipe import recipes
