@@ -6,7 +6,7 @@
 __all__ = ['WIDTHS', 'MOST', 'CONF', 'LAYOUT', 'PARTS', 'SCRIPT', 'Plate', 'fold', 'table_link', 'saved_table', 'plate_html',
            'plain', 'as_markdown', 'raw', 'publisher', 'build_site']
 
-# %% ../nbs/64_site.ipynb #9c107dd6
+# %% ../nbs/64_site.ipynb #a2dce9f2
 import html, re, shutil, subprocess, sys, tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,7 +41,8 @@ def saved_table(name: str, rows: pd.DataFrame, label: str, opened: bool | None =
     "Rows of the saved table `name` behind a line that opens them, at most `MOST`, with a link to the CSV; up to 10 are open."
     n = len(rows)
     count = f"{n:,} row" + "s" * (n != 1) + (f", of which the first {MOST} are here" if n > MOST else "")
-    return fold(f"Table: {count} · {table_link(name)}", table_html(rows.head(MOST), label), n <= 10 if opened is None else opened)
+    folded = fold(f"Table: {count}", table_html(rows.head(MOST), label), n <= 10 if opened is None else opened)
+    return f'<div class="saved">{table_link(name)}{folded}</div>'
 
 def plate_html(plate: Plate, data: pd.DataFrame, number: int) -> str:
     "The figure (twice), its caption, and its table, folded where it is long."
@@ -51,7 +52,7 @@ def plate_html(plate: Plate, data: pd.DataFrame, number: int) -> str:
     caption = f"<figcaption><b>Figure {number}.</b> {html.escape(plate.caption)}</figcaption>"
     return f'<figure class="plate" id="figure-{number}">{drawn}{caption}</figure>{saved_table(plate.table, plate.rows, plate.heading)}'
 
-# %% ../nbs/64_site.ipynb #53e4a108
+# %% ../nbs/64_site.ipynb #6f1d2748
 def plain(text: str) -> str:
     "A title on one line that cannot be markup."
     return " ".join(text.replace("<", "‹").replace(">", "›").split())
@@ -62,7 +63,7 @@ def as_markdown(text: str) -> str:
 
 def raw(content: str) -> str: return f"\n``````{{raw}} html\n{content}\n``````\n"
 
-# %% ../nbs/64_site.ipynb #814574e9
+# %% ../nbs/64_site.ipynb #65ee7a6d
 def _strings(x) -> list[str]:
     "Every text inside nested lists and dicts."
     if isinstance(x, dict): x = list(x.values())
@@ -142,6 +143,7 @@ PARTS = r"""
 [aria-sort="descending"] .sort::after { content: " \25BC"; font-size: .7em; }
 .csv { display: block; margin: 0 0 .2rem auto; border: 1px solid var(--pst-color-border); border-radius: 4px; background: none; color: var(--pst-color-link);
        font-size: .78rem; padding: .05rem .5rem; }
+.saved > a { float: right; font-size: .85rem; padding: .3rem 0; }
 .rows.prose { max-height: none; } .rows.prose td { white-space: normal; min-width: 0; } .rows.prose table { width: 100%; }
 .rows.prose .holds, .rows.prose .fails, .rows.prose .cannot-tell { white-space: nowrap; }
 .holds::before { content: "\2713  "; } .fails::before { content: "\2717  "; } .cannot-tell::before { content: "?  "; }
@@ -176,7 +178,7 @@ html[data-theme="dark"] .bd-content div.cell_output .text_html {
     .bd-main .bd-content .bd-article h1:first-of-type { display: block; text-align: left; } }
 """
 
-# %% ../nbs/64_site.ipynb #bbde250a
+# %% ../nbs/64_site.ipynb #fb616977
 SCRIPT = r"""
 const content = cell => cell.dataset.v ?? cell.textContent.trim();
 const number = text => parseFloat(text.replace(/\u2212/g, "-").replace(/[\s,\u00a0[]/g, ""));
@@ -219,12 +221,16 @@ for (const box of document.querySelectorAll(".rows")) {
     heading.append(button);
     button.addEventListener("click", () => sortBy(table, heading));
   }
-  if (!box.parentElement.querySelector(":scope > summary a[download]")) offerCsv(box, table, box.getAttribute("aria-label"));
+  if (!box.closest(".saved")) offerCsv(box, table, box.getAttribute("aria-label"));
 }
 """
 
 # %% ../nbs/64_site.ipynb #435bcfac
 _plain_marks = re.compile(r'<span class="(?:n|o|p|w)">([^<]*)</span>')    # code in the ink of the text: two of three marks
+
+def _mended(page: str) -> str:
+    "A page without marks that change nothing, and with a name for the theme's nameless folds."
+    return _plain_marks.sub(r"\1", page).replace('<summary><span class="toctree-toggle"', '<summary aria-label="pages of this part"><span class="toctree-toggle"')
 
 def build_site(title: str, pages: dict[str, str], extra: dict[str, str], out: Path) -> None:
     "Build `pages` (file name to source, .md or .ipynb) and `extra` files into the site at `out`."
@@ -239,5 +245,5 @@ def build_site(title: str, pages: dict[str, str], extra: dict[str, str], out: Pa
         if done.returncode: raise RuntimeError(f"sphinx could not build the report: {said}")
         if said: print(said)
         unused = shutil.ignore_patterns("*.map", ".buildinfo", "objects.inv", "_sources", "locales", "*webpack-macros.html")
-        for page in site.rglob("*.html"): page.write_text(_plain_marks.sub(r"\1", page.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in site.rglob("*.html"): page.write_text(_mended(page.read_text(encoding="utf-8")), encoding="utf-8")
         shutil.copytree(site, out, ignore=unused, dirs_exist_ok=True)
