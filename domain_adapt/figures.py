@@ -8,7 +8,8 @@ __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'STYLE', 'NARROW', 'FAMILIES', 'KINDS
            'short', 'markers', 'svg', 'Chart', 'drawing', 'human', 'minus', 'number', 'shown', 'table_html', 'Table',
            'facts', 'spread', 'label_points', 'in_order', 'reported', 'funnel', 'lengths', 'loss', 'gradients', 'pace',
            'live', 'mixture', 'perplexity', 'main_metric', 'benchmarks', 'checkpoint_table', 'checkpoints', 'verdicts',
-           'Talk', 'asked', 'front', 'tradeoff', 'sweep', 'geometry', 'density_curve', 'plane', 'effective_weights']
+           'Talk', 'asked', 'front', 'tradeoff', 'runs_tradeoff', 'sweep', 'geometry', 'density_curve', 'plane',
+           'effective_weights']
 
 # %% ../nbs/60_figures.ipynb #1d06fa0b
 import contextlib, functools, html, io, json, os, re, threading
@@ -207,14 +208,15 @@ def _along(ax, lines: Iterable[tuple[float, float, float, float]]) -> list[tuple
     return [(*(d - 2), *(d + 2)) for d in dots]
 
 # %% ../nbs/60_figures.ipynb #d7640f3b
-def label_points(ax, points: dict[str, tuple[float, float]],
-                 lines: Iterable[tuple[float, float, float, float]] = (), **text) -> None:
-    "Write each name of `points` beside its (x, y), clear of the others and of `lines` (x0, y0, x1, y1)."
+def label_points(ax, points: dict, lines: Iterable[tuple[float, float, float, float]] = (), **text) -> None:
+    """Write each variant of `points` beside its (x, y), clear of the others and of `lines` (x0, y0, x1, y1). A point's key is its
+    variant, or a tuple that begins with it."""
     ax.figure.canvas.draw()
     frame, scale, labels = ax.get_window_extent(), ax.figure.dpi / 72, []
     pixels = ax.transData.transform(list(points.values()))
     marks, along = [(*(p - 6 * scale), *(p + 6 * scale)) for p in pixels], _along(ax, lines)
-    for i, name in enumerate(points):
+    for i, (key, point) in enumerate(points.items()):
+        name = key[0] if isinstance(key, tuple) else key
         note = ax.text(0, 0, short(name), va="center", ha="center", color=colour(name), **text)
         box = note.get_window_extent()
         places, far = _places((box.width + 2, box.height), pixels[i])
@@ -229,7 +231,7 @@ def label_points(ax, points: dict[str, tuple[float, float]],
         middle = ax.transData.inverted().transform((best[:2] + best[2:]) / 2)
         note.set_position(middle)
         if far[cost.argmin()] > 20:
-            ax.annotate("", points[name], middle, arrowprops=dict(arrowstyle="-", color=MUTED, alpha=.6,
+            ax.annotate("", point, middle, arrowprops=dict(arrowstyle="-", color=MUTED, alpha=.6,
                                                                   lw=.7, shrinkB=4, shrinkA=8), zorder=1)
 
 # %% ../nbs/60_figures.ipynb #d0beb03d
@@ -681,6 +683,30 @@ def tradeoff(table: pd.DataFrame, width: float = 7.4) -> Figure:
             fontsize=9)
     _axis(ax, x="forgetting: rise of general bits per byte", y="domain gain: fall of domain bits per byte")
     label_points(ax, {v: (r["forgetting"], r["gain"]) for v, r in t.iterrows()}, bars, fontsize=9)
+    return fig
+
+# %% ../nbs/60_figures.ipynb #d89f071f
+@drawing
+def runs_tradeoff(table: pd.DataFrame, width: float = 7.4) -> Figure:
+    "Domain gain (%) against general forgetting (%) of the variants of several runs. `table`: `variants.csv` of a comparison."
+    t, shapes = table[table["variant"] != "original"], dict(zip(dict.fromkeys(table["run"]), "oD^sv*P<>h" * 9))
+    fig = Chart(width, 4.8 if width > NARROW else 4.6)
+    ax = fig.subplots()
+    for line in (ax.axhline, ax.axvline): line(0, color=MUTED, lw=.8, alpha=.6)
+    best, bars = t[t["on_front"]].sort_values("forgetting"), []
+    ax.plot(best["forgetting"], best["gain"], color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
+    for r in t.itertuples():
+        bars += [(r.forgetting_low, r.gain, r.forgetting_high, r.gain), (r.forgetting, r.gain_low, r.forgetting, r.gain_high)]
+        for x0, y0, x1, y1 in bars[-2:]: ax.plot([x0, x1], [y0, y1], color=colour(r.variant), lw=1.2, alpha=.25, solid_capstyle="butt", zorder=1)
+        ax.plot(r.forgetting, r.gain, shapes[r.run], color=colour(r.variant), markersize=7)
+    for axis, spec in ((ax.xaxis, "+.1f"), (ax.yaxis, "+.0f")): axis.set_major_formatter(FuncFormatter(lambda v, _, spec=spec: f"{minus(v, spec)} %"))
+    ax.xaxis.set_major_locator(MaxNLocator(7 if width > NARROW else 4))
+    ax.margins(.08)
+    _axis(ax, x="forgetting: rise of general bits per byte", y="domain gain: fall of domain bits per byte")
+    handles = [matplotlib.lines.Line2D([], [], linestyle="none", marker=m, color=MUTED, label=run) for run, m in shapes.items()]
+    fig.legend(handles=handles, loc="outside lower left", ncols=4 if width > NARROW else 2, frameon=False, fontsize=9)
+    bars = [b for b in bars if np.isfinite(b).all()]
+    label_points(ax, {(r.variant, r.run): (r.forgetting, r.gain) for r in t.itertuples()}, bars, fontsize=8.5)
     return fig
 
 # %% ../nbs/60_figures.ipynb #c6a9576d

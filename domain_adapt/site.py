@@ -6,7 +6,7 @@
 __all__ = ['WIDTHS', 'MOST', 'CONF', 'LAYOUT', 'PARTS', 'SCRIPT', 'Plate', 'fold', 'table_link', 'saved_table', 'plate_html',
            'plain', 'as_markdown', 'raw', 'publisher', 'build_site']
 
-# %% ../nbs/64_site.ipynb #a2dce9f2
+# %% ../nbs/64_site.ipynb #69a285e8
 import html, re, shutil, subprocess, sys, tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def saved_table(name: str, rows: pd.DataFrame, label: str, opened: bool | None =
     "Rows of the saved table `name` behind a line that opens them, at most `MOST`, with a link to the CSV; up to 10 are open."
     n = len(rows)
     count = f"{n:,} row" + "s" * (n != 1) + (f", of which the first {MOST} are here" if n > MOST else "")
-    folded = fold(f"Table: {count}", table_html(rows.head(MOST), label), n <= 10 if opened is None else opened)
+    folded = fold(f"{html.escape(label)}: {count}", table_html(rows.head(MOST), label), n <= 10 if opened is None else opened)
     return f'<div class="saved">{table_link(name)}{folded}</div>'
 
 def plate_html(plate: Plate, data: pd.DataFrame, number: int) -> str:
@@ -52,7 +52,7 @@ def plate_html(plate: Plate, data: pd.DataFrame, number: int) -> str:
     caption = f"<figcaption><b>Figure {number}.</b> {html.escape(plate.caption)}</figcaption>"
     return f'<figure class="plate" id="figure-{number}">{drawn}{caption}</figure>{saved_table(plate.table, plate.rows, plate.heading)}'
 
-# %% ../nbs/64_site.ipynb #6f1d2748
+# %% ../nbs/64_site.ipynb #74750727
 def plain(text: str) -> str:
     "A title on one line that cannot be markup."
     return " ".join(text.replace("<", "‹").replace(">", "›").split())
@@ -63,7 +63,7 @@ def as_markdown(text: str) -> str:
 
 def raw(content: str) -> str: return f"\n``````{{raw}} html\n{content}\n``````\n"
 
-# %% ../nbs/64_site.ipynb #65ee7a6d
+# %% ../nbs/64_site.ipynb #0cb9f6a9
 def _strings(x) -> list[str]:
     "Every text inside nested lists and dicts."
     if isinstance(x, dict): x = list(x.values())
@@ -178,7 +178,7 @@ html[data-theme="dark"] .bd-content div.cell_output .text_html {
     .bd-main .bd-content .bd-article h1:first-of-type { display: block; text-align: left; } }
 """
 
-# %% ../nbs/64_site.ipynb #fb616977
+# %% ../nbs/64_site.ipynb #2c85e442
 SCRIPT = r"""
 const content = cell => cell.dataset.v ?? cell.textContent.trim();
 const number = text => parseFloat(text.replace(/\u2212/g, "-").replace(/[\s,\u00a0[]/g, ""));
