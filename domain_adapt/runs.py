@@ -336,6 +336,10 @@ class Stage:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../nbs/02_runs.ipynb #1c4cb1bf
+def _library() -> list[str]:
+    "Hashes of the notebooks that the report shows as its reference."
+    return [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
+
 class Run:
     "A run's folder and stages. Keys are computed once, without importing anything heavy."
     def __init__(self, params: Params):
@@ -345,7 +349,7 @@ class Run:
     def keys(self) -> dict[str, str]:
         keys: dict[str, str] = {}
         for name in STAGES:
-            drawn = [self._drawing(n, keys[n]) for n in STAGES[:-1]] if name == "report" else []
+            drawn = [*(self._drawing(n, keys[n]) for n in STAGES[:-1]), *_library()] if name == "report" else []
             keys[name] = digest(name, _section(self.params, name), list(keys.values()), _code(name), drawn)
         return keys
 

@@ -1,0 +1,125 @@
+"""Claims: what decides each, against tables whose truth is known; lineage against the tiny run's own files."""
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, strategies as st
+
+import made_run
+from domain_adapt import provenance
+from domain_adapt.claims import CLAIMS, Evidence, below, claims, claims_sentence, moved, same
+from domain_adapt.summary import summarise, read_tables
+
+ends = st.floats(-5, 5).flatmap(lambda a: st.floats(0, 5).map(lambda w: (a, a + w)))
+
+
+@given(ends)
+def test_a_claim_turned_round_is_told_the_other_way(i):
+    low, high = i
+    turned = {"holds": "fails", "fails": "holds", "cannot tell": "cannot tell"}
+    assert moved(-high, -low) == turned[moved(low, high)] == moved(low, high, down=False)
+    assert same(low, high, 1) == same(-high, -low, 1)
+
+
+@given(ends, st.floats(0.1, 3))
+def test_a_wider_interval_never_decides_what_a_narrow_one_left_open(i, wider):
+    low, high = i
+    for judge in (moved, lambda a, b: same(a, b, 1), lambda a, b: below(a, b, 1)):
+        if judge(low, high) == "cannot tell": assert judge(low - wider, high + wider) == "cannot tell"
+
+
+def test_what_is_not_known_is_not_decided():
+    assert {f(np.nan, np.nan) for f in (moved, lambda a, b: same(a, b, 1), lambda a, b: below(a, b, 1))} == {"cannot tell"}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> tuple[pd.DataFrame, dict]:
+    "The claims of a made-up run, by their text, and its summary."
+    params, folders = made_run.make(tmp_path_factory.mktemp("claims"))
+    summary = summarise(params, folders, read_tables(folders))
+    return claims(Evidence(params, folders, summary["winner"])).set_index("claim"), summary
+
+
+def test_every_claim_has_a_row_and_a_verdict(found):
+    table, _ = found
+    assert list(table.index) == [c.text for c in CLAIMS] and set(table["verdict"]) <= {"holds", "fails", "cannot tell"}
+    unmeasured = table[table["value"].isna()]
+    assert (unmeasured["verdict"] == "cannot tell").all() and unmeasured["measure"].str.contains("it needs").all()
+    holds, fails = ((table["verdict"] == v).sum() for v in ("holds", "fails"))
+    assert f"{holds} hold on this run, {fails} fail" in claims_sentence(table)
+
+
+def test_values_are_those_of_the_summary(found):
+    table, s = found
+    gain, change, kept = s["gain_percent"]["cpt"], s["general_change_percent"]["cpt"], s["retention"][s["winner"]]
+    row = table.loc["CPT lowers the perplexity of domain text"]
+    assert row["value"] == pytest.approx(-gain["value"], rel=.02) and row["verdict"] == "holds"    # of means, not the mean of changes
+    assert table.loc["The merge keeps what the domain gained", "value"] == pytest.approx(100 * kept["value"])
+    rise = table.loc["The perplexity of general text does not rise"]
+    assert rise["value"] == pytest.approx(change["value"], rel=.1) and rise["verdict"] == ("fails" if change["low"] > 0 else rise["verdict"])
+
+
+def test_the_mean_of_scores_is_that_of_the_paired_differences(found, tmp_path):
+    table, _ = found
+    compared = pd.read_csv(made_run.make(tmp_path)[1]["evaluate"] / "comparisons.csv").query("variant == 'cpt' and against == 'original'")
+    row = table.loc["CPT lowers general scores"]
+    assert row["value"] == pytest.approx(100 * compared["difference"].mean()) and row["n"] == f"{len(compared)} tasks"
+    assert table.loc["The merge recovers general scores", "verdict"] == "cannot tell"    # nothing was lost for certain
+
+
+def _sure(folders: dict[str, Path], difference: float) -> None:
+    path = folders["evaluate"] / "comparisons.csv"
+    t = pd.read_csv(path)
+    t.loc[(t["variant"] == "cpt") & (t["against"] == "original"), "difference"] = difference
+    t.loc[(t["variant"] != "cpt") & (t["against"] == "cpt"), "difference"] = -difference
+    t.assign(smallest_detectable=.01).to_csv(path, index=False)
+
+
+@pytest.mark.parametrize("difference, fell, recovered", [(-.1, "holds", "holds"), (.1, "fails", "cannot tell")])
+def test_scores_that_fell_for_certain_can_be_recovered(tmp_path, difference, fell, recovered):
+    params, folders = made_run.make(tmp_path)
+    _sure(folders, difference)
+    table = claims(Evidence(params, folders, made_run.KEPT[0])).set_index("claim")["verdict"]
+    assert (table["CPT lowers general scores"], table["The merge recovers general scores"]) == (fell, recovered)
+
+
+def test_two_checkpoints_of_one_road_are_not_two_trainings(tmp_path):
+    params, folders = made_run.make(tmp_path)
+    def told(pairs):
+        t = made_run.geometry(pairs)
+        every = t.groupby(["model", "against"], sort=False, as_index=False).first().assign(module="all", layer=np.nan, cosine_of_task_vectors=.02)
+        pd.concat([t, every]).to_csv(folders["merge"] / "geometry.csv", index=False)
+        return claims(Evidence(params, folders, None)).set_index("claim").loc["Task vectors of different trainings are nearly orthogonal"]
+    assert np.isnan(told([("cpt@20", "cpt")])["value"])
+    other = told([("chat", "cpt")])
+    assert other["value"] == .02 and other["verdict"] == "holds"
+
+
+@pytest.mark.oracle
+def test_lineage_is_what_sha256sum_says(tiny_run):
+    home = tiny_run / "tiny"
+    folders = {s: (home / f"{n}_{s}").resolve() for n, s in enumerate(("ingest", "tokens", "train", "merge", "evaluate"), 1)}
+    done = provenance.records(folders)
+    files = provenance.file_table(done)
+    for r in files.itertuples():
+        said = subprocess.run(["sha256sum", folders[r.stage] / r.file], capture_output=True, text=True, check=True).stdout.split()[0].lstrip("\\")
+        assert said == r.sha256
+    models = provenance.model_table(folders, done).set_index("model")
+    for name, row in models.iterrows():
+        if not name.startswith("merge:"): continue
+        folder = folders["merge"] / name.removeprefix("merge:")
+        lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in sorted(folder.glob("*.safetensors"))]
+        assert hashlib.sha256("".join(lines).encode()).hexdigest() == row["sha256"] and "cpt" in row["made_of"]
+    documents = provenance.document_table(folders, ["sec", "encyclopedia", "news"])
+    splits = pd.read_csv(folders["tokens"] / "splits.csv").query("split == 'heldout'").set_index("corpus")["documents"]
+    assert documents.query("part == 'held out'").groupby("corpus").size().to_dict() == {c: n for c, n in splits.items() if n}
+
+
+def test_a_stage_records_what_it_ran_on(tiny_run):
+    for record in (tiny_run / "tiny").glob("[1-6]_*/stage.json"):
+        told = json.loads(record.read_text())
+        assert told["peak_memory_bytes"] > 2 ** 24 and told["machine"]["cores"] >= 1 and told["machine"]["memory_bytes"] > 2 ** 30
