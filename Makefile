@@ -1,5 +1,6 @@
 # make report   everything from set-up to the published report of params/quickstart.yaml
 # make test     every test that needs nothing but Python
+# make bench    how fast it is beside what you would run instead, into README.md (ROWS="--again train merge": these)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PARAMS ?= params/quickstart.yaml
 BIN := .venv/bin
@@ -29,4 +30,4 @@ lab: .venv
 	@touch $@
 
 bench: .venv
-	@$(BIN)/python tests/benchmarks/run.py
+	@$(BIN)/python tests/benchmarks/run.py $(ROWS)

@@ -1,18 +1,17 @@
 """Evaluating beside lm-eval: four variants of a model on the suite of the quickstart, against a command each, and text read in windows.
 
-`python evaluation.py [ITEMS]` measures just this, with ITEMS of each task; variants.py is our side of it, which can be profiled."""
+variants.py is our side of the first, which can be profiled."""
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pandas as pd
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from merging import jittered, seconds
+from merging import MODEL, jittered, seconds
 
 from domain_adapt import suites
 from domain_adapt.asking import quiet
@@ -27,7 +26,7 @@ from domain_adapt.sources.reading import decode
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from harness import lm_eval, scored, write_task
 
-MODEL, VARIANTS = "smollm2-135m-instruct", ("original", "cpt", "merge-a", "merge-b")
+VARIANTS = ("original", "cpt", "merge-a", "merge-b")
 
 
 class Ours:
@@ -57,9 +56,9 @@ class Ours:
         return ", ".join(f"{k} {v:.1f}" for k, v in (start | pd.DataFrame(each).mean().to_dict()).items())
 
 
-def variants(folder: Path, items: int, dtype: str) -> dict:
+def suite(folder: Path, small: bool) -> dict:
     "Our stage's functions on four variants in one process against four `lm_eval` commands, in turn; starting counts on both sides."
-    models = jittered(folder, get_model(MODEL), VARIANTS)
+    items, dtype, models = 2 if small else 50, best_dtype("auto"), jittered(folder, get_model(MODEL), VARIANTS)
     configs = {c["task"]: c for c in suites.configs("quick")}
     names = [write_task(folder / "tasks", configs[t.name], t) for t in load_suite("quick", Suite(limit=items))]
     command = lambda v: lm_eval(models[v], dtype, folder / "tasks", names, folder / f"theirs-{v}")
@@ -69,16 +68,16 @@ def variants(folder: Path, items: int, dtype: str) -> dict:
     arm.end()
     ours, total = pd.read_csv(folder / "ours" / "benchmarks.csv"), sum(arm.took)
     found = {v: scored(folder / f"theirs-{v}") for v in VARIANTS}
+    assert all(found[r.variant][r.task]["sample_len"] == r.n == items for r in ours.itertuples())
     apart = max(abs(r.value - found[r.variant][r.task][r.metric]) for r in ours.itertuples())
-    per = lambda took: ", ".join(f"{s:.1f}" for s in took)
-    return dict(what=f"four variants on the suite quick, {items} items a task, {dtype}", against="four lm_eval commands", ours=total, theirs=sum(theirs),
-                note=f"{total / sum(theirs):.2f} of their time; start, variants, end: {per(arm.took)} (mean {arm.parts()}); theirs {per(theirs)}; "
-                     f"accuracies at most {apart:.3f} apart")
+    print("ours:", ", ".join(f"{s:.1f}" for s in arm.took), f"(mean {arm.parts()}); theirs:", ", ".join(f"{s:.1f}" for s in theirs))
+    return dict(ours=total, theirs=sum(theirs), rounds=1, note=f"{items} items of each in {dtype}; accuracies at most {apart:.3f} apart")
 
 
-def rolling(dtype: str, windows: int = 12, size: int = 512, rounds: int = 3) -> dict:
+def rolling(folder: Path, small: bool) -> dict:
     "Text into bits per byte, against lm-eval's rolling log-likelihood of the same windows, at its faster batch of 1 or 8."
     tune_cpu()
+    windows, size, rounds, dtype = 2 if small else 12, 512, 1 if small else 3, best_dtype("auto")
     model, tokenizer = load_model(get_model(MODEL), dtype), load_tokenizer(get_model(MODEL))
     page = to_markdown(decode(next(resolve("package:filings-10k").glob("tgt*.html")).read_bytes())).text
     text = page.encode()[:sum(w["bytes"] for w in document_blocks(page, tokenizer, size)[:windows])].decode()
@@ -92,16 +91,7 @@ def rolling(dtype: str, windows: int = 12, size: int = 512, rounds: int = 3) -> 
     nats, took = {}, {a: [] for a in arms}
     for i in range(rounds + 1):
         for a in list(arms)[::-1 if i % 2 else 1]: took[a].append(seconds(lambda: nats.update({a: arms[a]()})))
-    tokens, median = sum(len(b.ids) for b in blocks()), {a: statistics.median(s[1:]) for a, s in took.items()}
-    return dict(what=f"{tokens:,} tokens into bits per byte, {dtype}", against="lm-eval's rolling log-likelihood", ours=median["ours"],
-                theirs=min(median[1], median[8]), note=f"{tokens / median['ours']:.0f} tokens/s; {tokens / median[1]:.0f} and {tokens / median[8]:.0f} in its "
-                f"batches of 1 and 8; nats apart by {abs(nats['ours'] / nats[1] - 1):.1e}")
-
-
-def evaluation(folder: Path, dtype: str, items: int = 100) -> list[dict]:
-    return [variants(folder, items, dtype), rolling(dtype)]
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as tmp:
-        for row in evaluation(Path(tmp), best_dtype("auto"), int((*sys.argv[1:], 100)[0])): print(f"{row['theirs'] / row['ours']:.2f} times as fast:", row)
+    median = {a: statistics.median(s[1:]) for a, s in took.items()}
+    assert abs(nats["ours"] / nats[1] - 1) < 0.01, nats
+    return dict(ours=median["ours"], theirs=min(median[1], median[8]), rounds=rounds, amount=sum(len(b.ids) for b in blocks()),
+                note=f"{dtype}; theirs with its faster batch, {1 if median[1] < median[8] else 8}; nats apart by {abs(nats['ours'] / nats[1] - 1):.1e}")

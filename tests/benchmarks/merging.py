@@ -1,4 +1,4 @@
-"""Merging beside mergekit-yaml: a sweep in memory, one TIES to disk, three sharded 1B-parameter models.
+"""Merging beside mergekit-yaml: the quickstart's merges on disk, a sweep in memory, three sharded 1B-parameter models.
 
 As a program, `merging.py RECIPE.json MODELS OUT` makes one merge and prints its seconds and those of its checks."""
 import importlib.util
@@ -14,11 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.io.tensor_writer import TensorWriter
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -26,11 +22,14 @@ from domain_adapt.assets import resolve
 from domain_adapt.geometry import Weights
 from domain_adapt.merge import Merger, Recipe, check_merged, merge
 from domain_adapt.models import get_model, load_model, load_tokenizer
+from domain_adapt.params import load_params
 from domain_adapt.perplexity import Block, document_blocks, score_blocks
+from domain_adapt.recipe import recipes
+from domain_adapt.runs import ROOT
 from domain_adapt.sources.markdown import to_markdown
 from domain_adapt.sources.reading import decode
 
-NAMES = ("original", "base", "cpt")
+MODEL, NAMES = "smollm2-135m-instruct", ("original", "base", "cpt")
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "make.py"
 COMMAND = [sys.executable, "-c", "from mergekit.scripts.run_yaml import main; main()"]
 
@@ -57,7 +56,13 @@ def over_base(name: str, method: str, weight: float, density: float, seed: int |
     return Recipe(name, dict(merge_method=method, base_model="base", dtype="bfloat16", models=models), {}, seed)
 
 
-def sweep() -> list[Recipe]:
+def of_quickstart(dtype: str) -> list[Recipe]:
+    "The merges that params/quickstart.yaml names, the random ones with its seed."
+    params = load_params(ROOT / "params" / "quickstart.yaml")
+    return [recipes(c, dtype=dtype, seed=params.seed)[0] for c in params.merge.candidates]
+
+
+def many() -> list[Recipe]:
     "24 merges: five methods, weights and densities."
     made = []
     for w in (0.2, 0.4, 0.6, 0.8):
@@ -72,11 +77,11 @@ def sweep() -> list[Recipe]:
     return made
 
 
-def written(recipe: Recipe, beside: Path) -> list[str]:
+def written(recipe: Recipe, beside: Path, out: str = "theirs") -> list[str]:
     "The configuration as a file beside folders of the models' names; what follows `mergekit-yaml`."
     (beside / f"{recipe.name}.yml").write_text(yaml.safe_dump(recipe.config))
     seed = [] if recipe.seed is None else ["--random-seed", str(recipe.seed)]
-    return [f"{recipe.name}.yml", "theirs", "--quiet", "--no-write-model-card", *seed]
+    return [f"{recipe.name}.yml", out, "--quiet", "--no-write-model-card", *seed]
 
 
 def seconds(f: Callable) -> float:
@@ -85,27 +90,29 @@ def seconds(f: Callable) -> float:
     return time.perf_counter() - start
 
 
+def mergekit_yaml(recipe: Recipe, beside: Path, out: str = "theirs") -> float:
+    "Seconds of the command."
+    words = [*COMMAND, *written(recipe, beside, out)]
+    return seconds(lambda: subprocess.run(words, cwd=beside, check=True, capture_output=True))
+
+
 def load_into(model: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     held = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors: held[name].copy_(tensor)
 
 
-def candidates(folder: Path, models: dict[str, Path]) -> dict:
+def sweep(folder: Path, small: bool) -> dict:
     """The mean candidate of the sweep, ready to be scored, made in memory; against mergekit-yaml's process and loading its output,
     measured once for each method (the others differ in numbers only)."""
+    tried, models = many()[:4 if small else None], jittered(folder, get_model(MODEL))
     model, merger, ours = load_model(models["original"], "bf16"), Merger(models), {}
-    for recipe in sweep(): ours[recipe.name] = seconds(lambda: load_into(model, merger.tensors(recipe)))
-
-    def by_hand(recipe: Recipe) -> None:
-        subprocess.run([*COMMAND, *written(recipe, folder)], cwd=folder, check=True, capture_output=True)
-        AutoModelForCausalLM.from_pretrained(folder / "theirs", dtype=torch.bfloat16)
+    for recipe in tried: ours[recipe.name] = seconds(lambda: load_into(model, merger.tensors(recipe)))
     method = lambda r: r.config["merge_method"]
-    once = {m: seconds(lambda: by_hand(r)) for m, r in {method(r): r for r in sweep()}.items()}
-    hand = [once[method(r)] for r in sweep()]
-    return dict(what="a candidate of a sweep of 24 merges", against="mergekit-yaml and loading its output",
-                ours=statistics.mean(ours.values()), theirs=statistics.mean(hand),
-                note=f"all 24 {sum(ours.values()):.0f} s; slowest {max(ours, key=ours.get)} {max(ours.values()):.1f} s (sorts)")
+    load = lambda: AutoModelForCausalLM.from_pretrained(folder / "theirs", dtype=torch.bfloat16)
+    once = {m: mergekit_yaml(r, folder) + seconds(load) for m, r in {method(r): r for r in tried}.items()}
+    return dict(ours=statistics.mean(ours.values()), theirs=statistics.mean(once[method(r)] for r in tried), rounds=1,
+                note=f"all {len(tried)} {sum(ours.values()):.0f} s; slowest {max(ours, key=ours.get)} {max(ours.values()):.1f} s (sorts)")
 
 
 def read(model, windows: list[dict]) -> float:
@@ -119,51 +126,56 @@ def read(model, windows: list[dict]) -> float:
     return total
 
 
-def scored(folder: Path, models: dict[str, Path], tokens: int = 24576) -> dict:
-    "A candidate of the sweep made and scored on `tokens` of a 10-K, against mergekit-yaml, loading and plain transformers; one of two methods each."
+def scored(folder: Path, small: bool) -> dict:
+    "A candidate of the sweep made and scored on a 10-K, against mergekit-yaml, loading and plain transformers; one of two methods each."
+    tokens, models = 1024 if small else 24576, jittered(folder, get_model(MODEL))
     page = decode(sorted(resolve("package:filings-10k").glob("*.html"))[0].read_bytes())
     windows = document_blocks(to_markdown(page).text, load_tokenizer(models["original"]), 512)[:tokens // 512]
     blocks = [Block("sec", "domain", "d", w["block"], w["context"], w["ids"], w["bytes"], w["words"]) for w in windows]
     model, merger, took, found = load_model(models["original"], "bf16"), Merger(models), {"ours": [], "theirs": []}, []
-    for recipe in [r for r in sweep() if r.name in ("linear-0.4", "ties-0.4-0.5")]:
+    for recipe in [r for r in many() if r.name in ("linear-0.4", "ties-0.4-0.5")]:
         def ours() -> None:
             load_into(model, merger.tensors(recipe))
             found.append(score_blocks(model, blocks, recipe.name)["nll"].sum())
 
         def theirs() -> None:
-            subprocess.run([*COMMAND, *written(recipe, folder)], cwd=folder, check=True, capture_output=True)
+            mergekit_yaml(recipe, folder)
             found.append(read(AutoModelForCausalLM.from_pretrained(folder / "theirs", dtype=torch.bfloat16), windows))
         for name, f in (("ours", ours), ("theirs", theirs)): took[name].append(seconds(f))
-    return dict(what=f"a candidate merged and scored on {tokens:,} tokens, bf16", against="mergekit-yaml, loading it, transformers",
-                ours=statistics.mean(took["ours"]), theirs=statistics.mean(took["theirs"]),
-                note=f"nats apart by {max(abs(a / b - 1) for a, b in zip(found[::2], found[1::2])):.1e}")
+    return dict(ours=statistics.mean(took["ours"]), theirs=statistics.mean(took["theirs"]), rounds=1,
+                note=f"{sum(len(b.ids) for b in blocks):,} tokens; nats apart by {max(abs(a / b - 1) for a, b in zip(found[::2], found[1::2])):.1e}")
 
 
-def ties(folder: Path, models: dict[str, Path]) -> list[dict]:
-    "One TIES merge to a checked folder, against mergekit's `run_merge` in this process and its command; the same file."
-    recipe, options = over_base("ties", "ties", 0.6, 0.5), MergeOptions(quiet=True, write_model_card=False)
-    words, out = written(recipe, folder), folder / "theirs"
-
-    def plain() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        config = MergeConfiguration.model_validate(yaml.safe_load((folder / words[0]).read_text()))
-        here = os.getcwd()
-        os.chdir(folder)
-        try: run_merge(config, str(out), options)
-        finally: LoaderCache.loaders.clear(), os.chdir(here)
-    command = lambda: subprocess.run([*COMMAND, *words], cwd=folder, check=True, capture_output=True)
-    arms = {"ours": lambda: merge(recipe, models, folder / "ours"), "run_merge": plain, "command": command}
-    took = {n: [] for n in arms}
-    for _ in range(2):
-        for n, f in arms.items(): took[n].append(seconds(f))
-    x, y = (load_file(folder / n / "model.safetensors") for n in ("ours", "theirs"))
-    same = x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
-    row = dict(what="a TIES merge to disk, bf16", ours=min(took["ours"]), note="identical bits" if same else "BITS DIFFER")
-    return [row | dict(against="mergekit's run_merge", theirs=min(took["run_merge"])),
-            row | dict(against="mergekit-yaml", theirs=min(took["command"]))]
+MERGES = """import sys
+from pathlib import Path
+from merging import NAMES, merge, of_quickstart
+folder, names = Path(sys.argv[1]), sys.argv[2:]
+for r in of_quickstart("bfloat16"):
+    if r.name in names: merge(r, {n: folder / n for n in NAMES}, folder / f"ours-{r.name}")"""
 
 
-def large(folder: Path) -> dict[str, Path]:
+def same(one: Path, other: Path) -> bool:
+    "Whether two models have the same tensors, bit for bit."
+    x, y = (load_file(f / "model.safetensors") for f in (one, other))
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def merges(folder: Path, small: bool) -> dict:
+    "The quickstart's merges to checked folders by a process of ours, against mergekit-yaml for each; the same files."
+    jittered(folder, get_model(MODEL))
+    tried, rounds = of_quickstart("bfloat16")[:2 if small else None], 1 if small else 3
+    words = [sys.executable, "-W", "ignore", "-c", MERGES, folder, *(r.name for r in tried)]
+    ours = lambda: seconds(lambda: subprocess.run(words, cwd=Path(__file__).parent, check=True, capture_output=True))
+    theirs = lambda: sum(mergekit_yaml(r, folder, f"theirs-{r.name}") for r in tried)
+    took = {ours: [], theirs: []}
+    for i in range(rounds):
+        for f in list(took)[::-1 if i % 2 else 1]: took[f].append(f())
+    for r in tried: assert same(folder / f"ours-{r.name}", folder / f"theirs-{r.name}"), r.name
+    return dict(ours=statistics.median(took[ours]), theirs=statistics.median(took[theirs]), rounds=rounds,
+                note="the same bits; ours are checked too")
+
+
+def billions(folder: Path) -> dict[str, Path]:
     "Three random 1.1B-parameter bf16 Llamas in shards of 500 MB, with a tokenizer."
     spec = importlib.util.spec_from_file_location("make_tiny", TINY)
     spec.loader.exec_module(made := importlib.util.module_from_spec(spec))
@@ -220,8 +232,12 @@ def watched(words: list) -> tuple[str, float, float]:
     return job.stdout.read(), peaks["VmHWM"] / 2**20, peaks["RssAnon"] / 2**20
 
 
-def billion(folder: Path, models: dict[str, Path], recipe: Recipe) -> list[dict]:
-    "A merge of three 1B-parameter models from a cold disk; the figures of the second row are gigabytes."
+def large(folder: Path, small: bool, method: str) -> dict:
+    "A merge of three 1B-parameter models from a cold disk, against reading them and writing as much as one."
+    models = jittered(folder, get_model(MODEL)) if small else billions(folder)
+    parts = [part(n, weight=w) for n, w in zip(NAMES, (0.5, 0.2, 0.3))]
+    linear = Recipe("linear", dict(merge_method="linear", dtype="bfloat16", models=parts), {})
+    recipe = linear if method == "linear" else over_base("ties", method, 0.6, 0.5)
     def cold() -> None:
         for f in folder.rglob("*.safetensors"): synced(f)
     (folder / "recipe.json").write_text(json.dumps([recipe.name, recipe.config, recipe.seed]))
@@ -229,22 +245,10 @@ def billion(folder: Path, models: dict[str, Path], recipe: Recipe) -> list[dict]
     plain = plain_copy(models, folder / "plain")
     cold()
     said, resident, anonymous = watched([sys.executable, __file__, folder / "recipe.json", folder, folder / "ours"])
-    shutil.rmtree(folder / "ours")
     took, checked = map(float, said.split())
     size = sum(f.stat().st_size for m in models.values() for f in m.glob("*.safetensors")) * 4 / 3 / 1e9
-    what = f"three 1.1B models, {recipe.config['merge_method']}"
-    return [dict(what=what, against="plain reads and a write", ours=took, theirs=plain,
-                 note=f"{size / took:.2f} GB/s read and written; {checked:.0f} s of it for the checks"),
-            dict(what=f"peak memory of it, GB", against="3 GB", ours=resident, theirs=3.0, note=f"{anonymous:.2f} of it anonymous")]
-
-
-def merging(folder: Path) -> list[dict]:
-    small = jittered(folder / "small", get_model("smollm2-135m-instruct"))
-    rows = [candidates(folder / "small", small), scored(folder / "small", small), *ties(folder / "small", small)]
-    big = large(folder / "big")
-    linear = Recipe("linear", dict(merge_method="linear", dtype="bfloat16", models=[part(n, weight=w) for n, w in zip(NAMES, (0.5, 0.2, 0.3))]), {})
-    for recipe in (linear, over_base("ties", "ties", 0.6, 0.5)): rows += billion(folder / "big", big, recipe)
-    return rows
+    return dict(ours=took, theirs=plain, rounds=1, note=f"{size / took:.2f} GB/s read and written; {checked:.0f} s of it for the checks; "
+                f"peak memory {resident:.2f} GB, {anonymous:.2f} of it anonymous")
 
 
 if __name__ == "__main__":

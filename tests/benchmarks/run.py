@@ -1,187 +1,163 @@
-"""What the library does beside what a user would run instead, interleaved in one process. Run it with `make bench`.
+"""What the library does beside what a user would run instead, as one table: nbs/bench.csv, and the rows for README.md there.
 
-Ratios above 1 say that ours is faster. Figures are medians of the rounds; nothing here passes or fails."""
-import contextlib
-import json
-import os
+    python tests/benchmarks/run.py                    every row of README.md whose code, inputs or machine have changed: `make bench`
+    python tests/benchmarks/run.py merge memory       these rows
+    python tests/benchmarks/run.py --again merge      though nothing has changed
+    python tests/benchmarks/run.py --small merge      at a small size, to try it: nothing is kept
+
+A machine that does nothing else is taken for granted. Each row is measured in a process of its own, both sides in turn, and kept at once."""
+import argparse
+import importlib
+import multiprocessing
+import re
 import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import torch
-import trafilatura
-from datatrove.data import Document
-from lm_eval.models.huggingface import HFLM
-from evaluation import evaluation
-from merging import merging
 
-from domain_adapt.assets import resolve
-from domain_adapt.asking import SharedContext
-from domain_adapt.benchmarks import ask, load_suite
-from domain_adapt.models import best_dtype, get_model, load_model, load_tokenizer, tune_cpu, usable_cores
-from domain_adapt.params import Suite, load_params
-from domain_adapt.perplexity import block_nll, document_blocks
-from domain_adapt.runs import ROOT
-from domain_adapt.sources.markdown import compare, to_markdown
-from domain_adapt.sources.reading import decode
-from domain_adapt.tokens import encoder, write_corpus
-from domain_adapt.workers import Lines
+from domain_adapt.models import usable_cores
+from domain_adapt.params import load_params
+from domain_adapt.runs import ROOT, Run, digest, modules_used, outputs, write_csv, write_text
 
-MODEL = "smollm2-135m-instruct"
+HERE, TABLE, README = Path(__file__).resolve().parent, ROOT / "nbs" / "bench.csv", ROOT / "README.md"
+COLUMNS = "row what unit amount ours against theirs share note rounds minutes machine measured key".split()
+MARKS = "<!-- bench: written by make bench -->", "<!-- /bench -->"
 
 
-def interleaved(ours, theirs, rounds: int = 3) -> tuple[float, float]:
-    "Median seconds of both, called in turn after one call each that is not counted."
-    seconds = {ours: [], theirs: []}
-    for i in range(rounds + 1):
-        for f in (ours, theirs):
-            start = time.perf_counter()
-            f()
-            if i: seconds[f].append(time.perf_counter() - start)
-    return statistics.median(seconds[ours]), statistics.median(seconds[theirs])
+@dataclass(frozen=True)
+class Row:
+    """What is measured, against what, by which function of which of `scripts`, the first. `unit` is of `amount` a second, or of both figures.
+    What `resumes` finds its folder as a killed try left it."""
+    what: str
+    against: str
+    function: str
+    scripts: tuple[str, ...]
+    unit: str = "s"
+    settings: dict = field(default_factory=dict)
+    readme: bool = True
+    resumes: bool = False
 
 
-def ingest() -> dict:
-    pages = [decode(f.read_bytes()) for f in sorted(resolve("package:filings-10k").glob("*.html"))]
-    plain = lambda page: trafilatura.extract(page, output_format="markdown")
-    ours, theirs = interleaved(lambda: [to_markdown(p) for p in pages], lambda: [plain(p) for p in pages])
-    kept = compare(pages).set_index("converter")["figures_kept"]
-    return dict(what="filing to Markdown", against="trafilatura", ours=ours, theirs=theirs,
-                note=f"{kept['domain_adapt']:.1%} of the body's figures kept; {kept['trafilatura']:.1%}")
+TRAIN = dict(against="transformers' Trainer", function="training", scripts=("trainers",), unit="tokens/s")
+ROWS = {
+    "convert": Row("10-Ks to Markdown, one core", "trafilatura", "convert", ("ingesting",), "MB/s"),
+    "ingest": Row("10-Ks through the stage, two workers", "trafilatura in two processes", "stage", ("ingesting", "by_hand"), "MB/s"),
+    "train": Row("training in bf16", settings=dict(precision="bf16"), **TRAIN),
+    "train-fp32": Row("training in fp32", settings=dict(precision="fp32"), **TRAIN),
+    "merge": Row("six merges on disk", "`mergekit-yaml`, six times", "merges", ("merging",)),
+    "candidate": Row("a merge made and scored on text", "`mergekit-yaml`, loading it, transformers", "scored", ("merging",)),
+    "evaluate": Row("four variants on five benchmarks", "`lm_eval`, four times", "suite", ("evaluation", "variants", "merging", "../harness")),
+    "perplexity": Row("text into bits per byte", "lm-eval's rolling log-likelihood", "rolling", ("evaluation", "merging", "../harness"), "tokens/s"),
+    "quickstart": Row("the quickstart, filings to report", "these four by hand, in a row", "quickstart",
+                      ("quickstart", "by_hand", "merging", "../harness"), resumes=True),
+    "workers": Row("ingest with two workers", "with one", "workers", ("ingesting",), readme=False),
+    "memory": Row("peak memory of ingest, ten times the filings", "a tenth of them", "memory", ("ingesting",), "MB", readme=False),
+    "tokens": Row("documents to Megatron's files", "the tokenizer alone", "tokens", ("ingesting",), "tokens/s", readme=False),
+    "sweep": Row("a candidate of a sweep of 24, in memory", "mergekit-yaml and loading its output", "sweep", ("merging",), readme=False),
+    "large-linear": Row("three 1.1B models, linear, cold disk", "plain reads and a write", "large", ("merging",), settings=dict(method="linear"), readme=False),
+    "large-ties": Row("three 1.1B models, ties, cold disk", "plain reads and a write", "large", ("merging",), settings=dict(method="ties"), readme=False),
+}
 
 
-def many_filings(folder: Path, n: int) -> dict:
-    "The parameters of an ingest of `n` real 10-Ks, each made another by a sentence."
-    pages = [f.read_text(encoding="utf-8") for f in sorted(resolve("package:filings-10k").glob("*.html"))]
-    folder.mkdir(parents=True)
-    for i in range(n):
-        (folder / f"{i:04d}.html").write_text(pages[i % 3].replace("</body>", f"<p>This is report {i} of its kind.</p></body>"), encoding="utf-8")
-    return dict(run="bench", model="m", tokens={"replay": 0}, corpora={"sec": dict(kind="domain", source="sec", path=str(folder))},
-                merge={"candidates": [dict(name="a", method="linear", weight=.5)]})
+def machine() -> str:
+    "The processor and how many cores of it are ours."
+    names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    return f"{usable_cores()} cores of {names[0].strip() if names else 'an unnamed processor'}"
 
 
-INGEST = """import json, sys
-from pathlib import Path
-from domain_adapt.clean import ingest
-from domain_adapt.params import validate
-ingest(validate(json.loads(sys.argv[1])), {}, Path(sys.argv[2]))"""
+def key(name: str) -> str:
+    "Changes when a row's scripts, the modules they use, the quickstart, the environment or the machine do."
+    row, setting = ROWS[name], ROOT / "params" / "quickstart.yaml"
+    sources = [(HERE / f"{s}.py").read_text() for s in row.scripts]
+    modules = [(ROOT / "domain_adapt" / m.replace(".", "/")).with_suffix(".py").read_text() for m in modules_used("\n".join(sources))]
+    whole = list(Run(load_params(setting)).keys.values()) if name == "quickstart" else []
+    return digest(name, row.function, row.settings, sources, modules, whole, setting.read_text(), (ROOT / "requirements.txt").read_text(), machine())
 
 
-def ingested(params: dict, out: Path, workers: int) -> tuple[float, float]:
-    "Seconds, and the peak in MB of the memory of all processes together (shared pages counted once)."
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    given = json.dumps(params | {"ingest": {"workers": workers}})
-    start, peak = time.perf_counter(), 0
-    job = subprocess.Popen([sys.executable, "-c", INGEST, given, str(out)], stderr=subprocess.DEVNULL, start_new_session=True)
-    while job.poll() is None:
-        peak = max(peak, memory(job.pid))
-        time.sleep(.2)
-    assert job.returncode == 0
-    return time.perf_counter() - start, peak
+def measure(name: str, folder: Path, small: bool) -> dict:
+    "What the row's function finds: ours, theirs, rounds, note; amount where the unit is a rate."
+    row = ROWS[name]
+    return getattr(importlib.import_module(row.scripts[0]), row.function)(folder, small, **row.settings)
 
 
-def memory(session: int) -> float:
-    "MB held by the processes of a session."
-    total = 0
-    for p in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            if int((p / "stat").read_text().rpartition(")")[2].split()[3]) != session: continue
-            total += next(int(x.split()[1]) for x in (p / "smaps_rollup").read_text().splitlines() if x.startswith("Pss:"))
-    return total / 1024
+def measured(name: str, small: bool) -> dict:
+    "A row of the table, from a process of its own."
+    row, start, at = ROWS[name], time.time(), outputs() / ".bench" / f"{name}-{'small' if small else key(name)}"
+    if not row.resumes: shutil.rmtree(at, ignore_errors=True)
+    at.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool: found = pool.submit(measure, name, at, small).result()
+    shutil.rmtree(at)
+    return dict(amount=None) | found | dict(
+        row=name, what=row.what, unit=row.unit, against=row.against, share=found["ours"] / found["theirs"],
+        minutes=(time.time() - start) / 60, machine=machine(), measured=time.strftime("%Y-%m-%d", time.gmtime(start)), key=key(name))
 
 
-def workers(tmp: Path, n: int = 60) -> dict:
-    "One worker against two, in turn, the seconds to import everything left out."
-    params, empty = many_filings(tmp / "in", n), many_filings(tmp / "one", 1)
-    seconds = {1: [], 2: []}
-    for _ in range(2):
-        for w in seconds: seconds[w].append(ingested(params, tmp / "out", w)[0] - ingested(empty, tmp / "out", w)[0])
-    one, two = (statistics.median(seconds[w]) for w in (1, 2))
-    size = sum(f.stat().st_size for f in (tmp / "in").iterdir()) / 1e6
-    return dict(what=f"ingest of {n} 10-Ks, two workers", against="one worker", ours=two, theirs=one, note=f"{size / two:.1f} MB/s with all filters")
+def kept() -> pd.DataFrame:
+    "The rows measured so far, by name, in the order of `ROWS`."
+    found = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=COLUMNS)
+    return found.set_index("row", drop=False).reindex([n for n in ROWS if n in set(found["row"])])
 
 
-def flat(tmp: Path) -> dict:
-    "Memory of ingest over 100 and 1,000 documents; the ratio is of megabytes."
-    peaks = [ingested(many_filings(tmp / str(n), n), tmp / "out", 2)[1] for n in (100, 1000)]
-    return dict(what="peak memory of ingest of 1,000 10-Ks, MB", against="of 100", ours=peaks[1], theirs=peaks[0], note="")
+def figure(row: pd.Series, side: str) -> str:
+    rate = pd.notna(row["amount"])
+    value, unit = row["amount"] / row[side] if rate else row[side], row["unit"]
+    if unit == "s" and value >= 300: value, unit = value / 60, "min"
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
-def tokenization(tmp: Path) -> dict:
-    "Tokenising documents to Megatron's files against the tokenizer alone on the same texts, all cores."
-    tokenizer, texts = load_tokenizer(get_model(MODEL)), [to_markdown(decode(f.read_bytes())).text
-                                                          for f in sorted(resolve("package:filings-10k").glob("*.html"))] * 16
-    docs = [Document(text=t, id=str(i), metadata=dict(source_path=str(i))) for i, t in enumerate(texts)]
-    list(Lines(tmp / "docs").run(docs))
-    encode = encoder(tokenizer, MODEL)
-    ours, theirs = interleaved(lambda: write_corpus(tmp / "docs", tmp / "x", {d.id: "train" for d in docs}, encode, 49152),
-                               lambda: tokenizer.backend_tokenizer.encode_batch_fast(texts))
-    return dict(what="documents to Megatron's files", against="the tokenizer alone", ours=ours, theirs=theirs,
-                note=f"{sum(map(len, encode(texts))) / ours / 1e6:.2f} M tokens/s")
+def markdown(table: pd.DataFrame) -> str:
+    "The rows for README.md as its table, and where they were measured; nothing where there are none."
+    rows = [r for _, r in table.iterrows() if ROWS[r["row"]].readme]
+    if not rows: return ""
+    lines = ["| row | what | ours | instead | theirs | of their time | what else |", "|---|---|---|---|---|---|---|"]
+    lines += [f"| `{r['row']}` | {r['what']} | {figure(r, 'ours')} | {r['against']} | {figure(r, 'theirs')} | **{r['share']:.2f}** | {r['note']} |" for r in rows]
+    where = sorted({f"{r['machine']}, {r['measured']}" for r in rows})
+    return "\n".join([*lines, "", f"Measured on {'; '.join(where)}, in {sum(r['minutes'] for r in rows):.0f} minutes.", ""])
 
 
-def perplexity(model, tokenizer, text: str) -> dict:
-    windows = document_blocks(text, tokenizer, 512)[:6]
-    def plain():
-        for w in windows:
-            ids = torch.tensor([[*w["context"], *w["ids"]]])
-            logits = model(ids[:, :-1]).logits[0, -len(w["ids"]):].float()
-            torch.nn.functional.cross_entropy(logits, ids[0, -len(w["ids"]):], reduction="sum")
-    with torch.inference_mode():
-        ours, theirs = interleaved(lambda: [block_nll(model, w["context"], w["ids"]) for w in windows], plain)
-    tokens = sum(len(w["ids"]) for w in windows)
-    return dict(what="bits per byte", against="transformers, all logits", ours=ours, theirs=theirs, note=f"{tokens / ours:.0f} tokens/s")
+def with_table(text: str, table: str) -> str:
+    "A README with the table between its two marks."
+    before, after = text.split(MARKS[0]), text.split(MARKS[1])
+    assert len(before) == len(after) == 2, f"{README}: wants {MARKS[0]} and {MARKS[1]} once each"
+    return f"{before[0]}{MARKS[0]}\n{table}{MARKS[1]}{after[1]}"
 
 
-def benchmarks(model, tokenizer) -> dict:
-    tasks = load_suite("quick", Suite(limit=10))
-    ours, theirs = interleaved(lambda: ask(SharedContext(model, tokenizer), tasks),
-                               lambda: ask(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), tasks), rounds=1)
-    return dict(what="benchmarks of the suite quick, 10 items each", against="lm-eval's hf model", ours=ours, theirs=theirs, note="")
+def keep(found: dict) -> None:
+    "Put a row into the table, and the table into README.md."
+    table = kept()
+    table.loc[found["row"], COLUMNS] = [found[c] for c in COLUMNS]
+    write_csv(TABLE, table[COLUMNS])
+    write_text(README, with_table(README.read_text(encoding="utf-8"), markdown(kept())))
 
 
-def trainers(precision: str, steps: int = 4) -> list[dict]:
-    """Training as in the quickstart against transformers' Trainer: same weights, batches, threads and AdamW; each in its own
-    process, in turn step by step, the first step not counted. The second row's figures are gigabytes."""
-    env = dict(os.environ, OMP_NUM_THREADS=str(usable_cores()), MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1",
-               GLOO_SOCKET_IFNAME="lo")
-    script = Path(__file__).with_name("trainers.py")
-    start = lambda who: subprocess.Popen([sys.executable, "-W", "ignore", script, who, precision, str(steps + 1)], env=env, text=True,
-                                         bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    def answer(arm, line: str) -> list[float]:
-        arm.stdin.write(line)
-        return json.loads(arm.stdout.readline())
-    arms = [start("ours"), start("theirs")]
-    seconds = [[answer(arm, "\n")[0] for arm in arms] for _ in range(steps + 1)][1:]
-    (loss, *memory), (their_loss, *their_memory) = [answer(arm, "") for arm in arms]
-    assert abs(loss / their_loss - 1) < 0.01
-    ours, theirs = map(statistics.median, zip(*seconds))
-    batch = load_params(ROOT / "params" / "quickstart.yaml")
-    tokens = batch.train.global_batch * batch.tokens.sequence_length
-    row = dict(what=f"training in {precision}, a step", against="transformers' Trainer")
-    return [row | dict(ours=ours, theirs=theirs, note=f"{tokens / ours:.0f} tokens/s; {tokens / theirs:.0f}; mean loss {loss:.3f}; {their_loss:.3f}"),
-            row | dict(what=f"peak memory of training in {precision}, GB", ours=memory[0] / 1024, theirs=their_memory[0] / 1024,
-                       note=f"{memory[1] / 1024:.1f} and {their_memory[1] / 1024:.1f} of it before the model")]
+def main(words: list[str]) -> int:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
+    asked.add_argument("--again", action="store_true")
+    asked.add_argument("--small", action="store_true")
+    given, failed = asked.parse_args(words), []
+    if unknown := [n for n in given.rows if n not in ROWS]: asked.error(f"no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    for name in given.rows or [n for n, r in ROWS.items() if r.readme]:
+        if not (given.again or given.small) and name in (done := kept()).index and done.loc[name, "key"] == key(name):
+            print(f"{name}: measured already")
+            continue
+        print(f"{name} …", flush=True)
+        try: found = measured(name, given.small)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        print(f"{name}: ours {figure(pd.Series(found), 'ours')}, theirs {figure(pd.Series(found), 'theirs')}: {found['share']:.2f} of their time, "
+              f"in {found['minutes']:.1f} minutes; {found['note']}", flush=True)
+        if not given.small: keep(found)
+    if not given.small: print(markdown(kept()))
+    if failed: print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
 
 
-if __name__ == "__main__":
-    tune_cpu()
-    rows = [ingest()]
-    with tempfile.TemporaryDirectory() as tmp: rows += [workers(Path(tmp) / "w"), flat(Path(tmp) / "m"), tokenization(Path(tmp))]
-    with tempfile.TemporaryDirectory() as tmp: rows += merging(Path(tmp))
-    rows += [*trainers("bf16"), *trainers("fp32")]
-    folder, dtype = get_model(MODEL), best_dtype("auto")
-    model, tokenizer = load_model(folder, dtype), load_tokenizer(folder)
-    text = to_markdown(decode(next(resolve("package:filings-10k").glob("tgt*.html")).read_bytes())).text
-    rows += [perplexity(model, tokenizer, text), benchmarks(model, tokenizer)]
-    with tempfile.TemporaryDirectory() as tmp: rows += evaluation(Path(tmp), dtype)
-    table = pd.DataFrame(rows)
-    table.insert(2, "ratio", table["theirs"] / table["ours"])
-    print(f"{MODEL} in {dtype}, {torch.get_num_threads()} threads; seconds")
-    print(table.round(2).to_string(index=False))
+if __name__ == "__main__": sys.exit(main(sys.argv[1:]))

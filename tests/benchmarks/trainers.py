@@ -1,9 +1,12 @@
-"""Training by ours or by transformers' Trainer, a step at each line on stdin: python trainers.py ours|theirs bf16|fp32 STEPS.
+"""Training by ours and by transformers' Trainer, each in a process of its own, in turn step by step.
 
-Each step answers with a line of JSON: seconds, seconds of CPU. The last line: mean loss, MB of memory at its peak and before the model."""
+As a program, `trainers.py ours|theirs bf16|fp32 STEPS` makes a step at each line on stdin and answers with a line of JSON: seconds, seconds
+of CPU. The last line: mean loss, GB of memory at its peak and before the model."""
 import json
 import os
 import resource
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,15 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 
 from domain_adapt import megatron, train
 from domain_adapt.assets import resolve
-from domain_adapt.models import get_model, load_tokenizer, tune_cpu
+from domain_adapt.models import get_model, load_tokenizer, tune_cpu, usable_cores
 from domain_adapt.params import Params, load_params
 from domain_adapt.runs import ROOT
 from domain_adapt.sources.markdown import to_markdown
 from domain_adapt.sources.reading import decode
-
-answers = os.fdopen(os.dup(1), "w", buffering=1)    # whatever else prints goes to stderr
-os.dup2(2, 1)
-
 
 class Step:
     "Waits to be asked for a step, then tells how long it took."
@@ -35,8 +34,8 @@ class Step:
 
 
 def peak() -> float:
-    "The most memory, in MB, that this process has held."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    "The most memory, in GB, that this process has held."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
 def sequences(params: Params, folder: Path, steps: int) -> torch.Tensor:
@@ -79,7 +78,29 @@ def theirs(params: Params, folder: Path, rows: torch.Tensor, bf16: bool) -> floa
         return Trainer(model, options, train_dataset=data, callbacks=[Told()]).train().training_loss
 
 
+def training(folder: Path, small: bool, precision: str) -> dict:
+    "The quickstart's steps on real filings: same weights, batches, threads and AdamW; the first step is not counted."
+    steps = 1 if small else 6
+    env = dict(os.environ, OMP_NUM_THREADS=str(usable_cores()), MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1",
+               GLOO_SOCKET_IFNAME="lo")
+    start = lambda who: subprocess.Popen([sys.executable, "-W", "ignore", __file__, who, precision, str(steps + 1)], env=env, text=True,
+                                         bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    def answer(arm, line: str) -> list[float]:
+        arm.stdin.write(line)
+        return json.loads(arm.stdout.readline())
+    arms = [start("ours"), start("theirs")]
+    took = [[answer(arm, "\n")[0] for arm in arms[::-1 if i % 2 else 1]][::-1 if i % 2 else 1] for i in range(steps + 1)][1:]
+    (loss, peak, before), (their_loss, their_peak, their_before) = [answer(arm, "") for arm in arms]
+    assert abs(loss / their_loss - 1) < 0.01, (loss, their_loss)
+    ours, theirs = map(statistics.median, zip(*took))
+    params = load_params(ROOT / "params" / "quickstart.yaml")
+    return dict(ours=ours, theirs=theirs, rounds=steps, amount=params.train.global_batch * params.tokens.sequence_length,
+                note=f"peak memory {peak:.1f} GB and {their_peak:.1f}, {before:.1f} and {their_before:.1f} of it before the model; mean loss {loss:.3f}, {their_loss:.3f}")
+
+
 if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w", buffering=1)    # whatever else prints goes to stderr
+    os.dup2(2, 1)
     who, precision, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
     params, folder = load_params(ROOT / "params" / "quickstart.yaml"), get_model("smollm2-135m-instruct")
     rows, before = sequences(params, folder, steps), peak()
