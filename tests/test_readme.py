@@ -52,7 +52,6 @@ def test_the_recipes_run(name, cli, dev_data, tmp_path):
     sets = {f"corpora.{name}.path": dev_data / FOLDERS[name], "model": "tests/tiny/model", "train.steps": 2, "train.warmup": 1, "merge.max_tokens": 8192,
             "evaluate.perplexity.max_tokens": 8192, "evaluate.chat.max_tokens": 4}
     sets |= {f"evaluate.suites.{s}.limit": 2 for s in RUNS[name]["evaluate"]["suites"]}
-    if name == "patents": sets |= {"evaluate.questions.writer": "tests/tiny/model", "evaluate.questions.number": 2}
     done = cli("run", tmp_path / "mine.yaml", *(w for k, v in sets.items() for w in ("--set", f"{k}={v}")),
                env={"DOMAIN_ADAPT_OUTPUTS": str(tmp_path / "outputs")}, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -103,11 +103,10 @@ def check_same_work(run: Path, theirs: Path, params: Params, best: list[str]) ->
     steps = pd.read_json(run / "3_train" / "metrics.jsonl", lines=True).query("step > 0")
     trained = json.loads((theirs / "trained.json").read_text())
     assert (len(steps), steps["tokens"].iloc[-1]) == (trained["steps"], trained["tokens"]) == (params.train.steps, trained["tokens"])
-    sweep, config = pd.read_csv(run / "4_merge" / "sweep.csv"), "mergekit_config.yml"
-    made = {f.parent.name for f in theirs.glob(f"*/{config}")}
-    assert made == set(sweep["name"]) - {"original", "cpt"}, made
-    for kept in (run / "4_merge").glob(f"*/{config}"):
-        assert yaml.safe_load(kept.read_text()) == yaml.safe_load((theirs / kept.parent.name / config).read_text()), kept
+    made = {f.stem for f in theirs.glob("*.yml") if any((theirs / f.stem).glob("*.safetensors"))}
+    assert made == set(pd.read_csv(run / "4_merge" / "sweep.csv")["name"]) - {"original", "cpt"}, made
+    for kept in (run / "4_merge").glob("*/mergekit_config.yml"):
+        assert yaml.safe_load(kept.read_text()) == yaml.safe_load((theirs / f"{kept.parent.name}.yml").read_text()), kept
     for half, blocks in (("select", "4_merge"), ("report", "5_evaluate")):
         read = pd.DataFrame(json.loads((theirs / f"perplexity-{half}.json").read_text()))
         mine = pd.read_csv(run / blocks / "blocks.csv").query("half == @half")
