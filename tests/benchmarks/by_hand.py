@@ -25,20 +25,18 @@ def filings(folder: str, processes: int) -> list[dict]:
     with multiprocessing.Pool(processes) as pool: return pool.map(filing, sorted(Path(folder).glob("*.html")), chunksize=1)
 
 
-def articles(folder: str) -> list[str]:
+def articles(dump: str) -> list[str]:
     "Wikipedia's articles with most of their markup gone."
     found = []
-    for file in sorted(Path(folder).rglob("*.bz2")):
-        for _, node in ElementTree.iterparse(bz2.open(file)):
-            if not node.tag.endswith("}text") or not node.text or node.text[:9].upper() == "#REDIRECT": continue
-            text = re.sub(r"<!--.*?-->|<ref[^>]*/>|<ref.*?</ref>|<[^>]+>|'{2,}", "", node.text, flags=re.S)
-            while (less := re.sub(r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", "", text)) != text: text = less
-            found.append(re.sub(r"\[\[(?:[^|\]]*\|)?([^\]]*)\]\]", r"\1", text))
+    for _, node in ElementTree.iterparse(bz2.open(dump)):
+        if not node.tag.endswith("}text") or not node.text or node.text[:9].upper() == "#REDIRECT": continue
+        text = re.sub(r"<!--.*?-->|<ref[^>]*/>|<ref.*?</ref>|<[^>]+>|'{2,}", "", node.text, flags=re.S)
+        while (less := re.sub(r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", "", text)) != text: text = less
+        found.append(re.sub(r"\[\[(?:[^|\]]*\|)?([^\]]*)\]\]", r"\1", text))
     return found
 
 
-def stories(folder: str) -> list[str]:
-    return [t for f in sorted(Path(folder).rglob("*.cor")) for t in f.read_text(encoding="utf-8").splitlines() if t.strip()]
+def stories(file: str) -> list[str]: return [t for t in Path(file).read_text(encoding="utf-8").splitlines() if t.strip()]
 
 
 def sequences(job: dict) -> tuple[list, dict[str, list[int]]]:
