@@ -62,12 +62,12 @@ def job(folder: Path, run: Path, params: Params) -> dict:
     return made | {k: getattr(t, k) for k in ("steps", "global_batch", "micro_batch", "lr", "min_lr", "warmup", "weight_decay", "clip_grad")}
 
 
-def chosen(rows: list[dict], names: list[str], most: float) -> list[str]:
-    "By the quickstart's rule, simply: of the merges that forget at most so much, the two that read the domain best."
+def chosen(rows: list[dict], names: list[str], most: float, number: int) -> list[str]:
+    "By the quickstart's rule, simply: of the merges that forget at most so much, those that read the domain best."
     bits = {(r["model"], r["corpus"]): r["nats"] / r["bytes"] / math.log(2) for r in rows}
     general = lambda n: (bits[n, "wikipedia"] + bits[n, "news"]) / 2
     keeps = [n for n in names if general(n) <= general("original") + most] or names
-    return sorted(keeps, key=lambda n: bits[n, "sec"])[:2]
+    return sorted(keeps, key=lambda n: bits[n, "sec"])[:number]
 
 
 def by_hand(folder: Path, run: Path, params: Params) -> dict:
@@ -91,7 +91,8 @@ def by_hand(folder: Path, run: Path, params: Params) -> dict:
     took["merge"] = sum(mergekit_yaml(r, folder, r.name) for r in merges)
     names = [r.name for r in merges]
     took["perplexity"] = program("perplexity", "select", "original", "cpt@", "cpt", *names)
-    best = chosen(json.loads((folder / "perplexity-select.json").read_text()), names, params.merge.select.max_forgetting)
+    kept = len(json.loads((run / "4_merge" / "selection.json").read_text())["kept"])
+    best = chosen(json.loads((folder / "perplexity-select.json").read_text()), names, params.merge.select.max_forgetting, kept)
     took["perplexity"] += program("perplexity", "report", "original", "cpt@", "cpt", *best)
     took["evaluate"] = sum(seconds(lambda v=v: lm_eval(folder / v, asked["dtype"], folder / "tasks", tasks, folder / f"lm_eval-{v}"))
                            for v in ("original", "cpt", *best))
@@ -139,4 +140,4 @@ def quickstart(folder: Path, small: bool) -> dict:
     found = check_same_work(run, theirs, params, hand["best"])
     return dict(ours=mine["whole"], theirs=hand["whole"], rounds=1,
                 note=f"ours also filters, repeats the random merge, chats, looks for leaks, gives intervals and verdicts, writes the report; "
-                     f"mean training loss {found['ours']:.2f}, {found['theirs']:.2f}; the original's accuracies at most {found['apart']:.2f} apart")
+                     f"mean training loss {found['ours']:.2f}, {found['theirs']:.2f} on trafilatura's text; the original's accuracies at most {found['apart']:.2f} apart")
