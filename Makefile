@@ -27,6 +27,7 @@ lab: .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m domain_adapt.kernel describe
 	@touch $@
 
 bench: .venv
