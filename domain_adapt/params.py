@@ -22,6 +22,7 @@ from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fi
 # %% ../nbs/00_params.ipynb #13b4528f
 class UserError(Exception):
     "Something the user can mend: the message names the file, the key, the value and the way out."
+    def _render_traceback_(self) -> list[str]: return [f"error: {self}"]    # all that IPython shows of one
 
 # %% ../nbs/00_params.ipynb #6a37f323
 def _number(value: Any) -> Any:

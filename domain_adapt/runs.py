@@ -6,7 +6,7 @@
 __all__ = ['LIBC', 'STAGES', 'RESUMED', 'HOW', 'ROOT', 'PACKAGE', 'DRAWING', 'DATA', 'write_bytes', 'write_text', 'write_json',
            'write_csv', 'read_lines', 'whole_folder', 'progress', 'die_with_parent', 'outputs', 'notebook_path',
            'digest', 'modules_used', 'local_path', 'fingerprint', 'environment', 'machine', 'peak_memory', 'locked',
-           'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'open_stage']
+           'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'Finished', 'finished', 'open_stage']
 
 # %% ../nbs/02_runs.ipynb #0b049725
 import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, resource, shutil, sys, tempfile, time, uuid
@@ -287,14 +287,19 @@ class Stage:
 
     def run(self, work: Callable[[Params, dict[str, Path], Path], None]) -> None:
         "Do `work(params, folders, folder)` unless it is done. What a failed or killed try left is removed."
-        for name in STAGES[:STAGES.index(self.name)]:
-            if not (self.folders[name] / "stage.json").is_file():
-                raise UserError(f"stage {self.name} reads stage {name}, which is not done with these settings and this code: run `domain-adapt run` again")
+        self.check_before()
         if self.complete: return print(f"{self.name} is done: {self.folder.name}")
         with locked(self.lock, f"stage {self.name} ({self.folder.name})"):
             if self.complete: return
             self._clear()
             self._work(work)
+
+    def check_before(self) -> None:
+        "Raise `UserError` where a stage before this one is not done."
+        for name in STAGES[:STAGES.index(self.name)]:
+            if not (self.folders[name] / "stage.json").is_file():
+                raise UserError(f"stage {self.name} reads stage {name}, which is not done with these settings and this code: "
+                                f"run notebook {notebook_path(name).name} first, or `domain-adapt run`")
 
     def _work(self, work: Callable[[Params, dict[str, Path], Path], None]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -405,9 +410,43 @@ def up_to_date(run: Run, name: str) -> bool:
     return (entry.get("key") == run.keys[name] and entry.get("notebook_key") == run.notebook_key(name)
             and run.stage(name).complete and linked)
 
+# %% ../nbs/02_runs.ipynb #80fe705f
+class Finished(Stage):
+    "A finished stage that is only looked at."
+    def run(self, work: Callable[[Params, dict[str, Path], Path], None]) -> None:
+        "Say what is shown."
+        changed = json.loads(self.record.read_text())["code"] != _code(self.name)
+        print(f"{self.name} is done: {self.folder.name}" + ", shown as it was made; the library's code has changed since" * changed)
+
+    def check_before(self) -> None: pass
+    def copy_out(self, address: str | None) -> None: pass
+
+def finished(name: str, run: str) -> Finished:
+    "The stage called `name` of the finished run called `run`. Raises `UserError` where there is none."
+    folder = outputs() / run
+    if not (folder / "params.yaml").is_file():
+        there = ", ".join(sorted(p.parent.name for p in outputs().glob("*/params.yaml"))) or "none"
+        raise UserError(f"run {run!r}: no such run in {outputs()}; there are: {there}")
+    at = {n: (folder / f"{i}_{n}").resolve() for i, n in enumerate(STAGES, 1)}
+    if not (at[name] / "stage.json").is_file():
+        raise UserError(f"run {run!r}: its stage {name} is not finished; finish it with `domain-adapt {name} {folder / 'params.yaml'}`")
+    before = {n: at[n] for n in STAGES[:STAGES.index(name)]} | {"run": folder, "notebooks": folder / "notebooks"}
+    return Finished(name, load_params(folder / "params.yaml"), at[name].name.removeprefix(f"{name}-"), at[name], before)
+
 # %% ../nbs/02_runs.ipynb #794849eb
+def _injected(cells: list[str]) -> set[str]:
+    "Names that papermill's own cells set, among the sources of the `cells` that were run."
+    trees = [ast.parse(c) for c in cells if c.startswith("# Parameters\n")]
+    return {n.id for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
 def open_stage(name: str, given: dict[str, Any]) -> Stage:
-    "The stage called `name` of the run that the notebook's parameters describe; `params/tiny.yaml` where all are None."
-    given = {k: v for k, v in given.items() if v is not None}
-    params = validate(given, "the notebook's parameters") if given else load_params(ROOT / "params" / "tiny.yaml")
-    return enter(Run(params), name)
+    """The stage called `name` of the run that a notebook's variables (`given`, its globals()) describe: of a finished
+    run where only `run` is set, of `params/tiny.yaml` where nothing is. Raises `UserError`, also for what papermill
+    was given and no run has."""
+    unknown = _injected(given.get("In", [])) - {*Params.model_fields}
+    values = {k: given[k] for k in Params.model_fields if given.get(k) is not None} | {k: given[k] for k in sorted(unknown)}
+    if [*values] == ["run"]: return finished(name, str(values["run"]))
+    params = validate(values, "the notebook's parameters") if values else load_params(ROOT / "params" / "tiny.yaml")
+    stage = enter(Run(params), name)
+    stage.check_before()
+    return stage
