@@ -9,10 +9,10 @@ __all__ = ['LIBC', 'STAGES', 'RESUMED', 'HOW', 'ROOT', 'PACKAGE', 'DRAWING', 'DA
            'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'Finished', 'finished', 'open_stage']
 
 # %% ../nbs/02_runs.ipynb #0b049725
-import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, resource, shutil, sys, tempfile, time, uuid
+import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, resource, shutil, sys, tempfile, threading, time, uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 import domain_adapt
@@ -81,19 +81,41 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         raise
     _sync_folder(path.parent)
 
+# %% ../nbs/02_runs.ipynb #26b045cf
+class _Board:
+    "The bars below a running cell."
+    cell = None
+
+    def __init__(self): self.lock = threading.Lock()
+
+    def __call__(self, bar: "_Bar", done: bool) -> None:
+        from IPython import get_ipython
+        from IPython.display import display
+        from tqdm import tqdm
+        with self.lock:
+            if (cell := get_ipython().execution_count) != self.cell:
+                self.cell, self.lines = cell, {}
+                self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+            self.lines[bar.id] = tqdm.format_meter(bar.n, bar.total, time.monotonic() - bar.started, ncols=100, prefix=bar.description)
+            if done: del self.lines[bar.id]
+            self.handle.update({"text/plain": "\n".join(self.lines.values())}, raw=True)
+
+def _to_file(file: str, bar: "_Bar", done: bool) -> None:
+    line = json.dumps(dict(id=bar.id, description=bar.description, n=bar.n, total=bar.total, done=done))
+    with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as f: f.write(line + "\n")
+
 # %% ../nbs/02_runs.ipynb #c9619057
-class _Reported:
-    "A bar that another process draws: same use as tqdm, at most five lines a second."
-    def __init__(self, file: str, iterable: Iterable | None, total: int | None, description: str):
-        self.file, self.iterable, self.total, self.description = file, iterable, total, description
-        self.n, self.id, self.told = 0, uuid.uuid4().hex[:8], 0.0
+class _Bar:
+    "A bar that `draw(bar, done)` draws: same use as tqdm, at most five times a second."
+    def __init__(self, draw: Callable[["_Bar", bool], None], iterable: Iterable | None, total: int | None, description: str):
+        self.draw, self.iterable, self.total, self.description = draw, iterable, total, description
+        self.n, self.id, self.told, self.started = 0, uuid.uuid4().hex[:8], 0.0, time.monotonic()
         self._tell(True)
 
     def _tell(self, now: bool = False, done: bool = False) -> None:
         if not now and time.monotonic() - self.told < 0.2: return
         self.told = time.monotonic()
-        line = json.dumps(dict(id=self.id, description=self.description, n=self.n, total=self.total, done=done))
-        with contextlib.suppress(OSError), open(self.file, "a", encoding="utf-8") as f: f.write(line + "\n")
+        self.draw(self, done)
 
     def update(self, n: int = 1) -> None: self.n += n; self._tell()
     def close(self) -> None: self._tell(True, True)
@@ -103,11 +125,15 @@ class _Reported:
         with self:
             for x in self.iterable: yield x; self.update()
 
+_BOARD = _Board()
+
 def progress(iterable: Iterable | None = None, *, total: int | None = None, description: str = ""):
     "Iterate over `iterable`, or use as a context manager with `.update(n)`, showing how much is done and the time left."
+    from tqdm import tqdm
     if total is None and hasattr(iterable, "__len__"): total = len(iterable)
-    if file := os.environ.get("DOMAIN_ADAPT_PROGRESS"): return _Reported(file, iterable, total, description)
-    from tqdm.auto import tqdm
+    if file := os.environ.get("DOMAIN_ADAPT_PROGRESS"): return _Bar(partial(_to_file, file), iterable, total, description)
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if hasattr(shell, "kernel"): return _Bar(_BOARD, iterable, total, description)
     return tqdm(iterable, total=total, desc=description)
 
 # %% ../nbs/02_runs.ipynb #ae991b46
