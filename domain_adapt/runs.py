@@ -200,6 +200,12 @@ def _cells(stage: str, tag: str | None = None) -> list[str]:
     cells = json.loads(notebook_path(stage).read_text())["cells"]
     return ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and (not tag or tag in c["metadata"].get("tags", []))]
 
+def _told(stage: str) -> list:
+    "What a stage's notebook says and draws: its cells but for the parameters, whatever outputs lie in it."
+    cells = json.loads(notebook_path(stage).read_text())["cells"]
+    tagged = [(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in cells]
+    return [c for c in tagged if "parameters" not in c[2]]
+
 def _code(stage: str) -> dict[str, str]:
     "Hashes of the code a stage's result depends on: its work cells, its modules and their data files."
     without = frozenset() if stage == "report" else DRAWING
@@ -386,7 +392,7 @@ class Run:
 
     def _drawing(self, name: str, key: str) -> str:
         sources = [_module_file(m) and _module_file(m).read_text() for m in sorted(DRAWING)]
-        return digest(key, notebook_path(name).read_text(), sources, name == "ingest" and self.params.ingest.copy_to)
+        return digest(key, _told(name), sources, name == "ingest" and self.params.ingest.copy_to)
 
     def notebook_key(self, name: str) -> str:
         "Changes when a stage's result, its notebook or the figures do."

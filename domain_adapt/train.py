@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 from .flops import parameters, shape_of
 from .models import best_dtype, bf16_speedup, load_model, load_tokenizer, tune_cpu
-from .params import Params, Train, UserError, validate
+from .params import Params, Train, UserError, validate, hidden
 from .runs import die_with_parent, environment, write_csv, write_json
 from .schedule import learning_rate
 
@@ -336,9 +336,10 @@ def work(job: str) -> None:
     die_with_parent(signal.SIGKILL, os.getppid())
     if os.getppid() == 1: return    # torchrun ended before this process could ask to be told
     asked, told = Asked(), json.loads(Path(job).read_text())
+    sys.excepthook = lambda *error: print(hidden("".join(traceback.format_exception(*error))), file=sys.stderr)    # into log.txt
     try: ended = _work(told, asked)
     except BaseException as e:
         with contextlib.suppress(FileExistsError), open(Path(told["out"]) / "error.json", "x") as f:
-            json.dump(dict(kind=type(e).__name__, message=str(e), traceback=traceback.format_exc()), f)
+            json.dump(dict(kind=type(e).__name__, message=hidden(str(e)), traceback=hidden(traceback.format_exc())), f)
         raise
     if not ended: sys.exit(REQUEUE)

@@ -69,6 +69,20 @@ def test_an_edit_of_a_figure_draws_again_and_works_no_more(clone):
     assert changed(before, drawn()) == list(STAGES) and changed(worked, keys()) == ["report"]
 
 
+def test_outputs_and_parameters_left_in_a_notebook_draw_nothing_again(clone):
+    def drawn(): return {s: Run(load_params(TINY_YAML)).notebook_key(s) for s in STAGES}
+    before, path = drawn(), clone / "nbs" / "stages" / "5_evaluate.ipynb"
+    notebook = json.loads(path.read_text())
+    for c in notebook["cells"]:
+        if c["cell_type"] == "code": c |= dict(execution_count=3, outputs=[dict(output_type="stream", name="stdout", text=["looked at"])])
+        if "parameters" in c["metadata"].get("tags", []): c["source"] = ['run = "quickstart"']
+    path.write_text(json.dumps(notebook))
+    assert drawn() == before
+    notebook["cells"][0]["source"] = ["# Another title"]
+    path.write_text(json.dumps(notebook))
+    assert changed(before, drawn()) == ["evaluate", "report"]
+
+
 def test_keys_import_nothing_heavy():
     code = ("import sys; from domain_adapt.params import load_params; from domain_adapt.runs import Run, up_to_date, STAGES\n"
             f"r = Run(load_params({str(TINY_YAML)!r})); [up_to_date(r, s) for s in STAGES]\n"
