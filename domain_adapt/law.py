@@ -6,15 +6,16 @@
 __all__ = ['OF_DATA', 'OF_SIZE', 'DELTA', 'STARTS', 'BOUNDS', 'predict', 'Law', 'check_points', 'fit', 'fitted', 'resampled',
            'band', 'held_out', 'recommend']
 
-# %% ../nbs/56_law.ipynb #f1875ff4
+# %% ../nbs/56_law.ipynb #ff8504d9
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 from .params import UserError
 
-# %% ../nbs/56_law.ipynb #ad62291f
+# %% ../nbs/56_law.ipynb #9939d76e
 OF_DATA, OF_SIZE = ("E", "B", "eta", "beta", "C", "gamma", "epsilon"), ("A", "alpha")
 
 def _names(points: pd.DataFrame) -> tuple[str, ...]:
@@ -33,7 +34,7 @@ def predict(found: Mapping[str, float], share, tokens, size=None) -> np.ndarray:
     arrays = [None if x is None else np.asarray(x, float) for x in (share, tokens, size)]
     return sum(_terms(found, *arrays).values())
 
-# %% ../nbs/56_law.ipynb #55907880
+# %% ../nbs/56_law.ipynb #54b16a04
 DELTA, STARTS = 1e-3, 24
 BOUNDS = dict(E=(1e-3, 20), B=(1e-6, 20), eta=(1e-2, 5), beta=(1e-2, 3), C=(1e-6, 20), gamma=(1e-2, 3), epsilon=(1e-4, 1),
               A=(1e-6, 20), alpha=(1e-2, 3))
@@ -59,7 +60,7 @@ def _objective(names: Sequence[str], share, tokens, size, loss) -> Callable[[np.
         return huber.mean() / DELTA ** 2, np.array([np.mean(pull * slopes[n]) for n in names]) / DELTA ** 2
     return at
 
-# %% ../nbs/56_law.ipynb #3d4e3615
+# %% ../nbs/56_law.ipynb #0b71a4cb
 @dataclass(frozen=True)
 class Law:
     "A fit: its parameters, its mean Huber loss, and parameters of bootstrap draws (draws x parameters, none: 0 rows)."
@@ -92,7 +93,7 @@ def _starts(points: pd.DataFrame, number: int, seed: int) -> np.ndarray:
     drawn = {n: rng.uniform(*usual[n], number) if n == "E" else np.exp(rng.uniform(*np.log(usual[n]), number)) for n in names}
     return np.log(np.column_stack([drawn[n] * (lowest if n in ("E", "A", "B", "C") else 1) for n in names]))
 
-# %% ../nbs/56_law.ipynb #95d7e0b9
+# %% ../nbs/56_law.ipynb #8d652bdb
 def _unscaled(points: pd.DataFrame, x: np.ndarray) -> dict[str, float]:
     "Parameters as the law has them, from those found in units of the geometric means."
     found = dict(zip(_names(points), map(float, np.exp(x))))
@@ -114,14 +115,15 @@ def fitted(points: pd.DataFrame, found: Mapping[str, float]) -> np.ndarray:
     "The loss that a fit gives at points."
     return predict(found, points["share"], points["tokens"], points["parameters"] if "A" in found else None)
 
-# %% ../nbs/56_law.ipynb #b7e948c2
+# %% ../nbs/56_law.ipynb #0567d2b1
 def resampled(points: pd.DataFrame, law: Law, draws: int, seed: int) -> list[pd.DataFrame]:
-    "Points with the residuals (of log loss) of whole arms turned over at random, widened for few arms and many parameters."
+    "Points with the residuals (of log loss) of whole arms turned over, in every way or in `draws` of them, widened for few arms."
     arms, codes = pd.factorize(points["arm"])[1], pd.factorize(points["arm"])[0]
     level, n, k = np.log(fitted(points, law.found)), len(points), len(law.found)
     off = np.log(points["loss"].to_numpy(float)) - level
     wide = np.sqrt(len(arms) / max(1, len(arms) - 1) * (n - 1) / max(1, n - k))
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (draws, len(arms)))
+    if 2 ** len(arms) <= draws: signs = np.array(list(product([-1.0, 1.0], repeat=len(arms))))
     return [points.assign(loss=np.exp(level + wide * off * s[codes])) for s in signs]
 
 def band(law: Law, share, tokens, size=None, scatter=1.0) -> np.ndarray:
@@ -131,7 +133,7 @@ def band(law: Law, share, tokens, size=None, scatter=1.0) -> np.ndarray:
     drawn = np.stack([predict(d, share, tokens, size) for d in law.draws.to_dict("records")])
     return np.stack([middle, *np.quantile(drawn * scatter, [0.025, 0.975], axis=0)])
 
-# %% ../nbs/56_law.ipynb #a41bb405
+# %% ../nbs/56_law.ipynb #a3479369
 def _between(points: pd.DataFrame, row) -> float:
     "Loss on the line between the nearest ratios below and above at the same tokens; NaN where one is absent."
     same = points[points["tokens"] == row.tokens].sort_values("share")
@@ -150,7 +152,7 @@ def held_out(points: pd.DataFrame, arm: str, draws: int = 0, seed: int = 0) -> p
     return mine[["arm", "share", "tokens", "loss"]].assign(predicted=middle, low=low, high=high,
                                                            neighbours=[_between(rest, r) for r in mine.itertuples()])
 
-# %% ../nbs/56_law.ipynb #e6338271
+# %% ../nbs/56_law.ipynb #78125755
 def _best(domain: Mapping[str, float], general: Mapping[str, float], replay: np.ndarray, tokens: float, most: float, size) -> float:
     "The replay of the lowest domain loss with a general loss of at most `most`; NaN where none has."
     allowed = predict(general, replay, tokens, size) <= most
