@@ -6,17 +6,17 @@
 __all__ = ['KINDS', 'MAY', 'ENOUGH', 'Arm', 'Law', 'Study', 'is_study', 'read_study', 'base_of', 'Grid', 'load_study',
            'differing', 'sequences', 'tokens_asked', 'rules']
 
-# %% ../nbs/63_arms.ipynb #fe1c65bc
+# %% ../nbs/63_arms.ipynb #db01b89b
 import copy, difflib, json, math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 from .params import Candidate, Name, Params, Share, Slurm, Strict, UserError, read_yaml, set_key, validate
-from .runs import local_path
+from .runs import Run, local_path
 from .train import export_steps
 
-# %% ../nbs/63_arms.ipynb #fded334e
+# %% ../nbs/63_arms.ipynb #67a992bb
 KINDS = {"replay": "How much general text must be replayed, and does merging make up for it?",
          "merge_methods": "Does it matter by which method a checkpoint is merged?",
          "checkpoints": "Do better checkpoints merge better?",
@@ -54,7 +54,7 @@ class Study(Strict):
         if self.kind != "checkpoints" and len(names) < 2: raise ValueError("arms: give at least two, or there is nothing to compare")
         return self
 
-# %% ../nbs/63_arms.ipynb #f5c9116f
+# %% ../nbs/63_arms.ipynb #9328de87
 def is_study(path: str | Path) -> bool:
     "Whether a YAML describes a study. Raises `UserError` where it cannot be read."
     return "study" in read_yaml(path)
@@ -78,7 +78,7 @@ def read_study(path: str | Path) -> Study:
     try: return Study.model_validate(read_yaml(path))
     except ValidationError as e: raise UserError("\n".join(dict.fromkeys(f"{path}: {_explain(x)}" for x in e.errors()))) from None
 
-# %% ../nbs/63_arms.ipynb #a4b4e6f6
+# %% ../nbs/63_arms.ipynb #72fdc201
 def _base(study: Study, path: Path) -> dict:
     "The run to start from, as its YAML has it."
     if not isinstance(study.base, str): return copy.deepcopy(study.base)
@@ -93,7 +93,7 @@ def _changed(data: dict, changes: dict[str, Any], where: str) -> dict:
         except UserError as e: raise UserError(f"{where}.set: {str(e).removeprefix('--set ')}") from None
     return data
 
-# %% ../nbs/63_arms.ipynb #b9f6d9e0
+# %% ../nbs/63_arms.ipynb #bf5851df
 def base_of(path: str | Path, overrides: tuple[str, ...] = ()) -> dict:
     "What all arms of the study in a YAML file share: its base with `set` and the overrides. Raises `UserError`."
     study = read_study(path)
@@ -101,7 +101,7 @@ def base_of(path: str | Path, overrides: tuple[str, ...] = ()) -> dict:
     for assignment in overrides: set_key(data, assignment)
     return data
 
-# %% ../nbs/63_arms.ipynb #fec206ae
+# %% ../nbs/63_arms.ipynb #6d8fbddc
 def _merges(params: Params) -> list[Arm]:
     "An arm for each exported checkpoint of a run, with the run's merge. Raises `UserError` unless it has just one."
     from domain_adapt.recipe import located, recipes
@@ -120,6 +120,11 @@ class Grid:
     "A study with its arms as runs, by name."
     study: Study
     runs: dict[str, Params]
+    _made: dict[str, Run] = field(default_factory=dict)
+
+    def run(self, arm: str) -> Run:
+        "An arm's folder and keys, which take a second to compute, once."
+        return self._made.setdefault(arm, Run(self.runs[arm]))
 
 def load_study(path: str | Path, overrides: tuple[str, ...] = ()) -> Grid:
     "The study of a YAML file with its arms; `overrides` (`key=value`) are of every arm. Raises `UserError`."
@@ -134,7 +139,7 @@ def load_study(path: str | Path, overrides: tuple[str, ...] = ()) -> Grid:
     if wrong: raise UserError("\n".join(wrong))
     return Grid(study.model_copy(update=dict(arms=arms)), runs)
 
-# %% ../nbs/63_arms.ipynb #d7e5dd38
+# %% ../nbs/63_arms.ipynb #751ceeb3
 MAY = {"replay": ("tokens.replay",), "merge_methods": ("merge.",), "checkpoints": ("merge.",), "scale": ("train.", "model", "base")}
 ENOUGH = 16
 
@@ -157,7 +162,7 @@ def tokens_asked(params: Params) -> int:
     "Tokens of the training that is asked for."
     return params.train.steps * params.train.global_batch * params.tokens.sequence_length
 
-# %% ../nbs/63_arms.ipynb #a530cfda
+# %% ../nbs/63_arms.ipynb #4af01d8d
 def _of_replay(runs: dict[str, Params]) -> list[str]:
     "What makes a study of replay say nothing."
     few = {n: sequences(p) for n, p in runs.items() if p.tokens.replay and round(sequences(p), 6) < ENOUGH}

@@ -7,7 +7,7 @@ __all__ = ['DONE', 'SHOWN', 'BITS', 'SAID', 'ASKED', 'COMPARED', 'PRICES', 'Resu
            'Contrast', 'one', 'merged', 'seen', 'contrasts', 'costs', 'flops', 'arms_table', 'ordered', 'marginal',
            'comparable', 'law_points', 'law_tables']
 
-# %% ../nbs/64_contrasts.ipynb #cf47df84
+# %% ../nbs/64_contrasts.ipynb #22042f1a
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .report import interval, measures
 from .runs import STAGES, Run, read_lines
 from .schedule import phases
 
-# %% ../nbs/64_contrasts.ipynb #35827434
+# %% ../nbs/64_contrasts.ipynb #376a22f7
 DONE = STAGES[:-1]
 
 @dataclass(frozen=True)
@@ -49,11 +49,10 @@ def chooses(params: Params) -> bool:
     "Whether a run chooses its merge among several."
     return len(params.merge.candidates) > 1 or bool(params.merge.grid or params.merge.search)
 
-def result(params: Params, both_halves: bool) -> Result:
+def result(run: Run, both_halves: bool) -> Result:
     "What a finished arm measured; with `both_halves` on all blocks, else on those that nothing was chosen on."
     from domain_adapt.benchmarks import read_blocks
-    run = Run(params)
-    folders = {n: run.stage(n).folder for n in DONE}
+    folders, params = {n: run.stage(n).folder for n in DONE}, run.params
     blocks = read_blocks(folders["evaluate"] / "blocks.csv")
     if not both_halves: blocks = blocks[blocks["half"] == "report"]
     chosen = json.loads((folders["merge"] / "selection.json").read_text())
@@ -62,7 +61,7 @@ def result(params: Params, both_halves: bool) -> Result:
     blocks = blocks[wanted].reset_index(drop=True)
     return Result(params, folders, blocks, names[0] if names else None, measures(stats.draws(blocks, params.seed), params.kinds))
 
-# %% ../nbs/64_contrasts.ipynb #1a405f0e
+# %% ../nbs/64_contrasts.ipynb #62b8de2c
 def effects(results: dict[str, Result]) -> pd.DataFrame:
     "arm, variant, measure, value, ci_low, ci_high: every measure of every variant of every arm, NaN where undefined."
     rows = [dict(arm=a, variant=v, measure=m, **(interval(x) or {})) for a, r in results.items() for m, by in r.drawn.items() for v, x in by.items()]
@@ -79,7 +78,7 @@ def curve(results: dict[str, Result], at: dict[str, float], labels: dict[str, st
     found = pd.DataFrame(rows, columns=["arm", "at", "label", "variant", "measure", "value", "low", "high"]).rename(columns=dict(low="ci_low", high="ci_high"))
     return found.astype({c: float for c in ("value", "ci_low", "ci_high")}).sort_values(["measure", "variant", "at"], kind="stable", ignore_index=True)
 
-# %% ../nbs/64_contrasts.ipynb #99b97626
+# %% ../nbs/64_contrasts.ipynb #731ac26f
 BITS = {"domain": "domain_bits_per_byte", "general": "general_bits_per_byte"}
 SAID = {"better": "they help each other", "worse": "they do each other's work", "cannot tell": "cannot tell"}
 
@@ -115,7 +114,7 @@ def _of_scale(results: dict[str, Result]) -> Iterator[Contrast]:
     for before, a in zip(names, names[1:]):
         for v in ("cpt", "merge"): yield one(f"{'training' if v == 'cpt' else 'merge'} against {before}'s", a, (a, v), (before, v))
 
-# %% ../nbs/64_contrasts.ipynb #21fc9422
+# %% ../nbs/64_contrasts.ipynb #6db53587
 def merged(params: Params) -> str:
     "The variant that an arm of a study of checkpoints merges: cpt@<step>, or cpt for the last."
     return next(m["model"] for m in params.merge.candidates[0].mergekit["models"] if m["model"].startswith("cpt"))
@@ -137,7 +136,7 @@ def _sum(results: dict[str, Result], side: tuple, measure: str) -> np.ndarray | 
     parts = [(sign, results[arm].of(measure, variant)) for sign, arm, variant in side]
     return None if any(x is None for _, x in parts) else sum(sign * x for sign, x in parts)
 
-# %% ../nbs/64_contrasts.ipynb #da475a8b
+# %% ../nbs/64_contrasts.ipynb #17ff5d0d
 COMPARED = ["what", "arm", "text", "difference", "ci_low", "ci_high", "p", "q", "smallest_detectable", "verdict"]
 
 def _compared(results: dict[str, Result], c: Contrast, text: str) -> dict | None:
@@ -159,7 +158,7 @@ def contrasts(kind: str, results: dict[str, Result]) -> pd.DataFrame:
     table["verdict"] = [SAID[v] if w == "synergy" else v for v, w in zip(verdicts, table["what"])]
     return table[COMPARED]
 
-# %% ../nbs/64_contrasts.ipynb #19f4ee55
+# %% ../nbs/64_contrasts.ipynb #bb48b74a
 def costs(results: dict[str, Result]) -> pd.DataFrame:
     "arm, stage, seconds, shared (with an arm before it), folder: what each stage of each arm took."
     seen, rows = set(), []
@@ -197,7 +196,7 @@ def arms_table(grid: Grid, results: dict[str, Result], failed: dict[str, str], c
                          merge=(r.merge or "none was kept").removeprefix("merge:") if r else "", error=failed.get(arm.name, "")))
     return pd.DataFrame(rows)
 
-# %% ../nbs/64_contrasts.ipynb #2b0bee0f
+# %% ../nbs/64_contrasts.ipynb #4582d027
 PRICES = {"gain_per_petaflop": ("flops", 1e15), "gain_per_minute": ("train_seconds", 60.0), "gain_per_million_tokens": ("tokens", 1e6)}
 
 def ordered(results: dict[str, Result]) -> dict[str, Result]:
@@ -220,7 +219,7 @@ def marginal(results: dict[str, Result], table: pd.DataFrame) -> pd.DataFrame:
             rows.append(dict(arm=a, before=before or "original", variant=v, **added, gain=gain["value"], ci_low=gain["low"], ci_high=gain["high"], **over))
     return pd.DataFrame(rows)
 
-# %% ../nbs/64_contrasts.ipynb #a59acb94
+# %% ../nbs/64_contrasts.ipynb #614c8130
 def comparable(train: Train, step: int) -> bool:
     "Whether the loss at a step can stand for a training of that length."
     if train.schedule == "cosine": return step == train.steps
@@ -241,7 +240,7 @@ def law_points(results: dict[str, Result]) -> pd.DataFrame:
                                  used=line["step"] > 0 and comparable(r.params.train, line["step"])))
     return pd.DataFrame(rows, columns=["arm", "text", "share", "step", "tokens", "loss", "used"])
 
-# %% ../nbs/64_contrasts.ipynb #c61cda25
+# %% ../nbs/64_contrasts.ipynb #da9371d6
 def _parameters(text: str, found: law.Law) -> Iterator[dict]:
     for name, value in found.found.items():
         low, high = found.draws[name].quantile([0.025, 0.975]) if len(found.draws) else (np.nan, np.nan)

@@ -6,16 +6,17 @@
 __all__ = ['OF_DATA', 'OF_SIZE', 'DELTA', 'STARTS', 'BOUNDS', 'predict', 'Law', 'check_points', 'fit', 'fitted', 'resampled',
            'band', 'held_out', 'recommend']
 
-# %% ../nbs/56_law.ipynb #ff8504d9
+# %% ../nbs/56_law.ipynb #10fb2105
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from .params import UserError
 
-# %% ../nbs/56_law.ipynb #9939d76e
+# %% ../nbs/56_law.ipynb #7bb99226
 OF_DATA, OF_SIZE = ("E", "B", "eta", "beta", "C", "gamma", "epsilon"), ("A", "alpha")
 
 def _names(points: pd.DataFrame) -> tuple[str, ...]:
@@ -34,7 +35,7 @@ def predict(found: Mapping[str, float], share, tokens, size=None) -> np.ndarray:
     arrays = [None if x is None else np.asarray(x, float) for x in (share, tokens, size)]
     return sum(_terms(found, *arrays).values())
 
-# %% ../nbs/56_law.ipynb #54b16a04
+# %% ../nbs/56_law.ipynb #53aa4469
 DELTA, STARTS = 1e-3, 24
 BOUNDS = dict(E=(1e-3, 20), B=(1e-6, 20), eta=(1e-2, 5), beta=(1e-2, 3), C=(1e-6, 20), gamma=(1e-2, 3), epsilon=(1e-4, 1),
               A=(1e-6, 20), alpha=(1e-2, 3))
@@ -60,7 +61,7 @@ def _objective(names: Sequence[str], share, tokens, size, loss) -> Callable[[np.
         return huber.mean() / DELTA ** 2, np.array([np.mean(pull * slopes[n]) for n in names]) / DELTA ** 2
     return at
 
-# %% ../nbs/56_law.ipynb #0b71a4cb
+# %% ../nbs/56_law.ipynb #cd5837ed
 @dataclass(frozen=True)
 class Law:
     "A fit: its parameters, its mean Huber loss, and parameters of bootstrap draws (draws x parameters, none: 0 rows)."
@@ -82,7 +83,8 @@ def _search(points: pd.DataFrame, starts: np.ndarray) -> tuple[np.ndarray, float
     arrays = [points[c].to_numpy(float) / scale.get(c, 1) if c in points else None for c in ("share", "tokens", "parameters")]
     objective = _objective(names, *arrays, points["loss"].to_numpy(float))
     bounds = [tuple(np.log(BOUNDS[n])) for n in names]
-    tried = [minimize(objective, x, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=1000)) for x in starts]
+    with threadpool_limits(1):    # seven parameters: a second thread only gets in the way
+        tried = [minimize(objective, x, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=1000)) for x in starts]
     best = min(tried, key=lambda t: t.fun)
     return best.x, float(best.fun)
 
@@ -93,7 +95,7 @@ def _starts(points: pd.DataFrame, number: int, seed: int) -> np.ndarray:
     drawn = {n: rng.uniform(*usual[n], number) if n == "E" else np.exp(rng.uniform(*np.log(usual[n]), number)) for n in names}
     return np.log(np.column_stack([drawn[n] * (lowest if n in ("E", "A", "B", "C") else 1) for n in names]))
 
-# %% ../nbs/56_law.ipynb #8d652bdb
+# %% ../nbs/56_law.ipynb #ef17d666
 def _unscaled(points: pd.DataFrame, x: np.ndarray) -> dict[str, float]:
     "Parameters as the law has them, from those found in units of the geometric means."
     found = dict(zip(_names(points), map(float, np.exp(x))))
@@ -115,7 +117,7 @@ def fitted(points: pd.DataFrame, found: Mapping[str, float]) -> np.ndarray:
     "The loss that a fit gives at points."
     return predict(found, points["share"], points["tokens"], points["parameters"] if "A" in found else None)
 
-# %% ../nbs/56_law.ipynb #0567d2b1
+# %% ../nbs/56_law.ipynb #1d6a7d30
 def resampled(points: pd.DataFrame, law: Law, draws: int, seed: int) -> list[pd.DataFrame]:
     "Points with the residuals (of log loss) of whole arms turned over, in every way or in `draws` of them, widened for few arms."
     arms, codes = pd.factorize(points["arm"])[1], pd.factorize(points["arm"])[0]
@@ -133,7 +135,7 @@ def band(law: Law, share, tokens, size=None, scatter=1.0) -> np.ndarray:
     drawn = np.stack([predict(d, share, tokens, size) for d in law.draws.to_dict("records")])
     return np.stack([middle, *np.quantile(drawn * scatter, [0.025, 0.975], axis=0)])
 
-# %% ../nbs/56_law.ipynb #a3479369
+# %% ../nbs/56_law.ipynb #325ff1fc
 def _between(points: pd.DataFrame, row) -> float:
     "Loss on the line between the nearest ratios below and above at the same tokens; NaN where one is absent."
     same = points[points["tokens"] == row.tokens].sort_values("share")
@@ -152,7 +154,7 @@ def held_out(points: pd.DataFrame, arm: str, draws: int = 0, seed: int = 0) -> p
     return mine[["arm", "share", "tokens", "loss"]].assign(predicted=middle, low=low, high=high,
                                                            neighbours=[_between(rest, r) for r in mine.itertuples()])
 
-# %% ../nbs/56_law.ipynb #78125755
+# %% ../nbs/56_law.ipynb #2c00a9cf
 def _best(domain: Mapping[str, float], general: Mapping[str, float], replay: np.ndarray, tokens: float, most: float, size) -> float:
     "The replay of the lowest domain loss with a general loss of at most `most`; NaN where none has."
     allowed = predict(general, replay, tokens, size) <= most

@@ -6,7 +6,7 @@
 __all__ = ['LOOKS', 'FILLED', 'SPACE', 'WORDS', 'TOGETHER', 'SENTENCES', 'CAPTIONS', 'AXES', 'AGAIN', 'ladder', 'forest',
            'differences', 'law_lines', 'price', 'Found', 'counts', 'asked', 'words', 'plates', 'page', 'find', 'build']
 
-# %% ../nbs/65_study_page.ipynb #561168ba
+# %% ../nbs/65_study_page.ipynb #49ed820c
 import html
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .arms import KINDS, Grid, sequences, tokens_asked
 from .contrasts import (SHOWN, Result, arms_table, chooses, contrasts, costs, curve, effects, law_points, law_tables, marginal, merged, ordered,
                                     seen)
-from .figures import GRID, HEAT, INK, MUTED, NARROW, SHAPES, Chart, colour, drawing, human, minus, table_html
+from .figures import CARD, GRID, HEAT, INK, MUTED, NARROW, SHAPES, Chart, colour, drawing, human, minus, table_html
 from .figures import KINDS as INKS
 from .report import Plate, build_site, cell, fold, plate_html, publisher, table_link
 
-# %% ../nbs/65_study_page.ipynb #909a2b39
+# %% ../nbs/65_study_page.ipynb #b5368ef8
 LOOKS = {"cpt": ("CPT model", "cpt", "o"), "merge": ("merge", "merge:", "s")}
 
 def _panels(number: int, width: float, height: float, **more) -> tuple[Figure, list]:
@@ -54,7 +54,7 @@ def ladder(table: pd.DataFrame, x: str = "", width: float = 7.4) -> Figure:
     _key(fig, *axes[0].get_legend_handles_labels())
     return fig
 
-# %% ../nbs/65_study_page.ipynb #da3835bb
+# %% ../nbs/65_study_page.ipynb #48c29d13
 @drawing
 def forest(table: pd.DataFrame, width: float = 7.4) -> Figure:
     "Domain gain and general change (%) of each arm's merge, with 95 % intervals; dashed: the CPT model. `table`: `curve.csv`."
@@ -74,7 +74,7 @@ def forest(table: pd.DataFrame, width: float = 7.4) -> Figure:
         ax.set_xlabel("% of the original's bits per byte")
     return fig
 
-# %% ../nbs/65_study_page.ipynb #cd0a2c5e
+# %% ../nbs/65_study_page.ipynb #01324cf4
 FILLED = ("better", "worse", "they help each other", "they do each other's work")
 
 def _rows(table: pd.DataFrame) -> list[tuple[str, str | None]]:
@@ -94,15 +94,17 @@ def differences(table: pd.DataFrame, width: float = 7.4) -> Figure:
             r = t.loc[line]
             ax.hlines(y, r["ci_low"] * 1000, r["ci_high"] * 1000, color=INKS[text], lw=2, alpha=.5)
             ax.plot(r["difference"] * 1000, y, "o", color=INKS[text], markersize=5, markerfacecolor=INKS[text] if r["verdict"] in FILLED else GRID)
-        ax.set_yticks(range(len(lines)), [arm or what for what, arm in lines])
-        for label, (_, arm) in zip(ax.get_yticklabels(), lines): label.set(fontweight="normal" if arm else "bold", fontsize=9)
+        ax.set_yticks([y for y, (_, arm) in enumerate(lines) if arm], [arm for _, arm in lines if arm], fontsize=9)
+        for y, (what, arm) in enumerate(lines):
+            if not arm and (ax in axes[:1] or width < NARROW): ax.text(0, y, what, transform=ax.get_yaxis_transform(), fontweight="bold", fontsize=9, va="center", bbox=dict(facecolor=CARD, edgecolor="none", pad=1))
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_ylim(len(lines) - .5, -.5)
         ax.grid(False, axis="y")
         ax.set_title(f"{text} text")
-        ax.set_xlabel("thousandths of a bit per byte (less is better)")
+        ax.set_xlabel("10⁻³ bits per byte (less is better)")
     return fig
 
-# %% ../nbs/65_study_page.ipynb #0fde8088
+# %% ../nbs/65_study_page.ipynb #e5a69a78
 @drawing
 def law_lines(table: pd.DataFrame, foretold: pd.DataFrame | None = None, width: float = 7.4) -> Figure:
     "Held-out loss over tokens by ratio, with the fit. `table`: `law_fit.csv`; `foretold`: `law_heldout.csv`."
@@ -141,7 +143,7 @@ def price(table: pd.DataFrame, width: float = 7.4) -> Figure:
         ax.set_xlabel("percentage points of domain gain")
     return fig
 
-# %% ../nbs/65_study_page.ipynb #ee2292d8
+# %% ../nbs/65_study_page.ipynb #51260234
 @dataclass
 class Found:
     "All that a page says: the study, its results, its tables by name, the arms that failed, why parts of the law are not there."
@@ -179,7 +181,7 @@ def asked(found: Found, what: str, text: str, words: dict[str, str] = WORDS) -> 
     far = rows.loc[rows["difference"].abs().idxmax()]
     return f"{counts(rows, words)} of {_many(len(rows), 'arm')}; the largest difference is {_bits(far)} thousandths of a bit per byte ({far.arm})"
 
-# %% ../nbs/65_study_page.ipynb #f45a10e1
+# %% ../nbs/65_study_page.ipynb #25b50b6f
 def _sample(found: Found) -> str:
     "What was read, and on which half."
     r = next(iter(found.results.values()))
@@ -204,7 +206,7 @@ def _caution(found: Found) -> str:
             f"another seed would. The largest arm has read {human(most)} tokens; continual pre-training is done with thousands to millions of times as many, "
             f"and what is so here need not be so there.{offline}")
 
-# %% ../nbs/65_study_page.ipynb #ceec3295
+# %% ../nbs/65_study_page.ipynb #6b6b6671
 def _foretold(found: Found) -> str:
     "How well the law foretold the ratios it had not seen, against the line between their neighbours."
     t = found.tables.get("law_heldout")
@@ -227,11 +229,22 @@ def _recommended(found: Found) -> str:
     edge = " That is the lowest ratio tried, so the limit costs nothing here." if r.value <= found.tables["arms"]["replay_asked"].min() else ""
     return f"{limit[0].upper()}{limit[1:]}, the law recommends a share of general text of {share} for {human(r.tokens)} tokens; {r.possible * 100:.0f}{SPACE}% of the draws find one.{edge}"
 
+def _outside(found: Found) -> str:
+    "What the law cannot say: without any general text it has the general loss stand still, and it may rise nowhere."
+    p = found.tables["law_points"]
+    p = p[(p["text"] == "general") & p["used"]].sort_values("tokens")
+    moved = p.groupby("arm", sort=False)["loss"].agg(["first", "last"])
+    rises, none = list(moved.index[moved["last"] > moved["first"]]), p[p["share"] == 0]
+    if none.empty: return ""
+    first, last = none["loss"].iloc[0], none["loss"].iloc[-1]
+    return (f"Without general text the law has the general loss stand still; it went from {first:.3f} to {last:.3f} nats a token after the warm-up."
+            + (f" The law knows no loss that rises with tokens, as it does in {', '.join(rises)}." if rises else ""))
+
 def _law(found: Found) -> str:
     missing = [f"of {text} text: {found.why[text]}" for text in ("domain", "general") if text in found.why]
-    return " ".join(x for x in (_foretold(found), f"There is no fit {'; '.join(missing)}." if missing else "", _recommended(found)) if x)
+    return " ".join(x for x in (_foretold(found), _outside(found) if "law_fit" in found.tables else "", f"There is no fit {'; '.join(missing)}." if missing else "", _recommended(found)) if x)
 
-# %% ../nbs/65_study_page.ipynb #66dc8913
+# %% ../nbs/65_study_page.ipynb #2ae90144
 def _replay(found: Found) -> list[str]:
     few = min((round(sequences(r.params)), a) for a, r in found.results.items() if r.params.tokens.replay)
     return [f"Replay alone, against no replay, on general text: {asked(found, 'replay alone', 'general')}. On domain text: {asked(found, 'replay alone', 'domain')}. "
@@ -272,7 +285,7 @@ def words(found: Found) -> list[str]:
     "The page's paragraphs."
     return [f"{KINDS[found.kind]} {_setting(found)}", *SENTENCES[found.kind](found), _caution(found)]
 
-# %% ../nbs/65_study_page.ipynb #0989bbd9
+# %% ../nbs/65_study_page.ipynb #4f57a91c
 CAPTIONS = {
     "curve": "Domain gain and general change against the original, in % of its bits per byte, with 95 % intervals over held-out blocks.",
     "contrasts": "Differences between arms and variants, paired over the same held-out blocks, with 95 % intervals; filled: told apart after "
@@ -323,7 +336,7 @@ def page(found: Found) -> str:
     links = " · ".join(table_link(n) for n in t)
     return "\n".join([*part, _raw(f'<p class="note">All tables: {links}</p>'), AGAIN.format(study=f"outputs/{study.study}")])
 
-# %% ../nbs/65_study_page.ipynb #63c20351
+# %% ../nbs/65_study_page.ipynb #1054e0bc
 def _curve(kind: str, results: dict[str, Result]) -> pd.DataFrame:
     "curve.csv: the arms in order of replay or of price, at the tokens seen for checkpoints."
     trained = {a: merged(r.params) for a, r in results.items()} if kind == "checkpoints" else {}
