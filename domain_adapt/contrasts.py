@@ -19,7 +19,7 @@ from .arms import Grid, Law, tokens_asked
 from .flops import flops_per_token, parameters, shape_of
 from .params import Params, Train, UserError
 from .plan import configuration
-from .report import interval, measures
+from .summary import interval, measures
 from .runs import STAGES, Run, read_lines
 from .schedule import phases
 

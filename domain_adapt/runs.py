@@ -373,9 +373,10 @@ class Stage:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../nbs/02_runs.ipynb #1c4cb1bf
-def _library() -> list[str]:
-    "Hashes of the notebooks that the report shows as its reference."
-    return [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
+def _library() -> list:
+    "What the notebooks say that the report shows as its reference, whatever outputs lie in them."
+    books = [json.loads(p.read_text()) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
+    return [["".join(c["source"]) for c in book["cells"]] for book in books]
 
 class Run:
     "A run's folder and stages. Keys are computed once, without importing anything heavy."

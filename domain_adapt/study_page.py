@@ -18,9 +18,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .arms import KINDS, Grid, sequences, tokens_asked
 from .contrasts import (SHOWN, Result, arms_table, chooses, contrasts, costs, curve, effects, law_points, law_tables, marginal, merged, ordered,
                                     seen)
-from .figures import CARD, GRID, HEAT, INK, MUTED, NARROW, SHAPES, Chart, colour, drawing, human, minus, table_html
+from .figures import CARD, GRID, HEAT, INK, MUTED, NARROW, SHAPES, Chart, colour, drawing, human, minus
 from .figures import KINDS as INKS
-from .report import Plate, build_site, cell, fold, plate_html, publisher, table_link
+from .site import Plate, build_site, plate_html, publisher, raw, saved_table, table_link
+from .summary import cell
 
 # %% ../nbs/65_study_page.ipynb #b5368ef8
 LOOKS = {"cpt": ("CPT model", "cpt", "o"), "merge": ("merge", "merge:", "s")}
@@ -312,11 +313,9 @@ domain-adapt study {study}/study.yaml
 ```
 """
 
-def _raw(content: str) -> str: return f"\n``````{{raw}} html\n{content}\n``````\n"
-
 def _table(heading: str, name: str, frame: pd.DataFrame, note: str = "") -> str:
     "A heading, a sentence, and a table with its CSV."
-    return f"\n## {heading}\n" + _raw((f"<p>{html.escape(note)}</p>" if note else "") + fold(f"Table: {_many(len(frame), 'row')} · {table_link(name)}", table_html(frame, heading), len(frame) <= 14))
+    return f"\n## {heading}\n" + raw((f"<p>{html.escape(note)}</p>" if note else "") + saved_table(name, frame, heading, len(frame) <= 14))
 
 def _cost_note(cost: pd.DataFrame) -> str:
     "What sharing stages saved."
@@ -329,12 +328,12 @@ def page(found: Found) -> str:
     title = " ".join((study.title or f"Study: {study.study}").replace("<", "‹").replace(">", "›").split())
     said = "".join(f'<p class="lede">{html.escape(p)}</p>' for p in words(found) if p)
     lost = "".join(f"<p><b>Arm {html.escape(a)} failed</b> and is not on this page: {html.escape(why)}</p>" for a, why in found.failed.items())
-    part = [f"# {title}\n", _raw(said + lost)]
-    part += [f"\n## {p.heading}\n" + _raw(plate_html(p, t[p.table], n)) for n, p in enumerate(plates(found), 1)]
+    part = [f"# {title}\n", raw(said + lost)]
+    part += [f"\n## {p.heading}\n" + raw(plate_html(p, t[p.table], n)) for n, p in enumerate(plates(found), 1)]
     if "law" in t: part.append(_table("The law's parameters", "law", t["law"], "Each alone is loosely tied down; what they foretell together is not. Intervals turn whole arms' residuals over."))
     part += [_table("The arms", "arms", t["arms"].drop(columns=["run", "steps", "error"])), _table("What it took", "costs", t["costs"], _cost_note(t["costs"]))]
     links = " · ".join(table_link(n) for n in t)
-    return "\n".join([*part, _raw(f'<p class="note">All tables: {links}</p>'), AGAIN.format(study=f"outputs/{study.study}")])
+    return "\n".join([*part, raw(f'<p class="note">All tables: {links}</p>'), AGAIN.format(study=f"outputs/{study.study}")])
 
 # %% ../nbs/65_study_page.ipynb #1054e0bc
 def _curve(kind: str, results: dict[str, Result]) -> pd.DataFrame:
