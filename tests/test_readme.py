@@ -1,6 +1,8 @@
 "What README.md shows: runs that are valid and work, all commands, and the table that was measured."
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 
 import pandas as pd
@@ -91,6 +93,17 @@ def test_a_row_depends_on_its_own_code_alone(bench, monkeypatch):
     assert {n for n in before if bench.key(n) != before[n]} >= {"merge", "sweep"} and bench.key("convert") == before["convert"]
     monkeypatch.setattr(bench, "machine", lambda: "another")
     assert not set(before.values()) & {bench.key(n) for n in bench.ROWS}
+
+
+@pytest.mark.slow
+def test_rows_can_be_tried_and_are_not_kept(bench, tmp_path):
+    "At a small size, on real filings and weights; each asserts that both sides did the same work."
+    before = README, bench.kept().to_csv()
+    done = subprocess.run([sys.executable, bench.__file__, "--small", "convert", "ingest", "merge"], text=True, capture_output=True, timeout=1800,
+                          env=os.environ | {"DOMAIN_ADAPT_OUTPUTS": str(tmp_path)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^(\w+): ours", done.stdout, re.M) == ["convert", "ingest", "merge"] and not list((tmp_path / ".bench").iterdir())
+    assert (bench.README.read_text(encoding="utf-8"), bench.kept().to_csv()) == before
 
 
 def test_an_unknown_row_is_refused(bench, capsys):

@@ -163,7 +163,7 @@ def same(one: Path, other: Path) -> bool:
 def merges(folder: Path, small: bool) -> dict:
     "The quickstart's merges to checked folders by a process of ours, against mergekit-yaml for each; the same files."
     jittered(folder, get_model(MODEL))
-    tried, rounds = of_quickstart("bfloat16")[:2 if small else None], 1 if small else 3
+    tried, rounds = of_quickstart("bfloat16")[:2 if small else None], 1 if small else 2
     words = [sys.executable, "-W", "ignore", "-c", MERGES, folder, *(r.name for r in tried)]
     ours = lambda: seconds(lambda: subprocess.run(words, cwd=Path(__file__).parent, check=True, capture_output=True))
     theirs = lambda: sum(mergekit_yaml(r, folder, f"theirs-{r.name}") for r in tried)
