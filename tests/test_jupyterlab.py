@@ -51,6 +51,7 @@ def opened(browser, address: str, notebook: str):
     tab = context.new_page()
     tab.goto(f"{address}/lab/tree/{notebook}?token=a-token-of-this-test")
     tab.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=90_000)
+    tab.wait_for_selector("#jp-main-statusbar >> text=| Idle", timeout=90_000)    # connected, too
     yield tab
     context.close()
 
