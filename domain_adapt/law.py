@@ -6,7 +6,7 @@
 __all__ = ['OF_DATA', 'OF_SIZE', 'DELTA', 'STARTS', 'BOUNDS', 'predict', 'Law', 'check_points', 'fit', 'fitted', 'resampled',
            'band', 'held_out', 'recommend']
 
-# %% ../nbs/56_law.ipynb #10fb2105
+# %% ../nbs/56_law.ipynb #3d907ad0
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from .params import UserError
 
-# %% ../nbs/56_law.ipynb #7bb99226
+# %% ../nbs/56_law.ipynb #50fb1e3e
 OF_DATA, OF_SIZE = ("E", "B", "eta", "beta", "C", "gamma", "epsilon"), ("A", "alpha")
 
 def _names(points: pd.DataFrame) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ def predict(found: Mapping[str, float], share, tokens, size=None) -> np.ndarray:
     arrays = [None if x is None else np.asarray(x, float) for x in (share, tokens, size)]
     return sum(_terms(found, *arrays).values())
 
-# %% ../nbs/56_law.ipynb #53aa4469
+# %% ../nbs/56_law.ipynb #d4416e7f
 DELTA, STARTS = 1e-3, 24
 BOUNDS = dict(E=(1e-3, 20), B=(1e-6, 20), eta=(1e-2, 5), beta=(1e-2, 3), C=(1e-6, 20), gamma=(1e-2, 3), epsilon=(1e-4, 1),
               A=(1e-6, 20), alpha=(1e-2, 3))
@@ -61,7 +61,7 @@ def _objective(names: Sequence[str], share, tokens, size, loss) -> Callable[[np.
         return huber.mean() / DELTA ** 2, np.array([np.mean(pull * slopes[n]) for n in names]) / DELTA ** 2
     return at
 
-# %% ../nbs/56_law.ipynb #cd5837ed
+# %% ../nbs/56_law.ipynb #82e1e78e
 @dataclass(frozen=True)
 class Law:
     "A fit: its parameters, its mean Huber loss, and parameters of bootstrap draws (draws x parameters, none: 0 rows)."
@@ -77,14 +77,14 @@ def check_points(points: pd.DataFrame) -> None:
     if n < need: raise UserError(f"the law has {need - 1} parameters and there are only {n} points")
     if not (np.isfinite(points["loss"]).all() and (points["loss"] > 0).all()): raise UserError("a loss is not a positive number")
 
-def _search(points: pd.DataFrame, starts: np.ndarray) -> tuple[np.ndarray, float]:
+def _search(points: pd.DataFrame, starts: np.ndarray, steps: int = 1000) -> tuple[np.ndarray, float]:
     "Best log-parameters over the starts, tokens and size in units of their geometric means."
     names, scale = _names(points), {c: np.exp(np.log(points[c]).mean()) for c in ("tokens", "parameters") if c in points}
     arrays = [points[c].to_numpy(float) / scale.get(c, 1) if c in points else None for c in ("share", "tokens", "parameters")]
     objective = _objective(names, *arrays, points["loss"].to_numpy(float))
     bounds = [tuple(np.log(BOUNDS[n])) for n in names]
     with threadpool_limits(1):    # seven parameters: a second thread only gets in the way
-        tried = [minimize(objective, x, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=1000)) for x in starts]
+        tried = [minimize(objective, x, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=steps)) for x in starts]
     best = min(tried, key=lambda t: t.fun)
     return best.x, float(best.fun)
 
@@ -95,13 +95,19 @@ def _starts(points: pd.DataFrame, number: int, seed: int) -> np.ndarray:
     drawn = {n: rng.uniform(*usual[n], number) if n == "E" else np.exp(rng.uniform(*np.log(usual[n]), number)) for n in names}
     return np.log(np.column_stack([drawn[n] * (lowest if n in ("E", "A", "B", "C") else 1) for n in names]))
 
-# %% ../nbs/56_law.ipynb #ef17d666
+# %% ../nbs/56_law.ipynb #7f2b95d8
 def _unscaled(points: pd.DataFrame, x: np.ndarray) -> dict[str, float]:
     "Parameters as the law has them, from those found in units of the geometric means."
     found = dict(zip(_names(points), map(float, np.exp(x))))
     for coefficient, power, column in (("B", "beta", "tokens"), ("A", "alpha", "parameters")):
         if coefficient in found: found[coefficient] *= float(np.exp(np.log(points[column]).mean() * found[power]))
     return found
+
+def _scaled(points: pd.DataFrame, found: Mapping[str, float]) -> np.ndarray:
+    "Log-parameters in units of the geometric means of `points`, from those that the law has."
+    units = {"B": ("beta", "tokens"), "A": ("alpha", "parameters")}
+    shift = lambda n: found[units[n][0]] * np.log(points[units[n][1]]).mean() if n in units else 0.0
+    return np.array([np.log(found[n]) - shift(n) for n in _names(points)])
 
 def fit(points: pd.DataFrame, draws: int = 0, seed: int = 0, starts: int = STARTS) -> Law:
     """The law of `points`: share, tokens, loss, where sizes differ parameters, and for `draws` arm. Raises `UserError` where
@@ -110,23 +116,30 @@ def fit(points: pd.DataFrame, draws: int = 0, seed: int = 0, starts: int = START
     best, error = _search(points, _starts(points, starts, seed))
     law = Law(_unscaled(points, best), error, pd.DataFrame(columns=_names(points)))
     if not draws: return law
-    rows = [_unscaled(points, _search(again, best[None])[0]) for again in resampled(points, law, draws, seed)]
+    rows = [_unscaled(points, _search(again, best[None], 300)[0]) for again in resampled(points, law, draws, seed)]
     return Law(law.found, error, pd.DataFrame(rows))
 
 def fitted(points: pd.DataFrame, found: Mapping[str, float]) -> np.ndarray:
     "The loss that a fit gives at points."
     return predict(found, points["share"], points["tokens"], points["parameters"] if "A" in found else None)
 
-# %% ../nbs/56_law.ipynb #1d6a7d30
+# %% ../nbs/56_law.ipynb #db0b8278
+def _surprise(points: pd.DataFrame, law: Law) -> np.ndarray:
+    "Residuals of log loss, each arm's from the fit of the others."
+    off, start = np.zeros(len(points)), _scaled(points, law.found)
+    for arm in points["arm"].unique():
+        mine = (points["arm"] == arm).to_numpy()
+        found = _unscaled(points[~mine], _search(points[~mine], start[None], 300)[0])
+        off[mine] = np.log(points["loss"][mine] / fitted(points[mine], found))
+    return off
+
 def resampled(points: pd.DataFrame, law: Law, draws: int, seed: int) -> list[pd.DataFrame]:
-    "Points with the residuals (of log loss) of whole arms turned over, in every way or in `draws` of them, widened for few arms."
-    arms, codes = pd.factorize(points["arm"])[1], pd.factorize(points["arm"])[0]
-    level, n, k = np.log(fitted(points, law.found)), len(points), len(law.found)
-    off = np.log(points["loss"].to_numpy(float)) - level
-    wide = np.sqrt(len(arms) / max(1, len(arms) - 1) * (n - 1) / max(1, n - k))
+    "Points whose residuals were turned over by whole arms, in every way or in `draws` of them."
+    codes, arms = pd.factorize(points["arm"])
+    level, off = np.log(fitted(points, law.found)), _surprise(points, law)
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (draws, len(arms)))
     if 2 ** len(arms) <= draws: signs = np.array(list(product([-1.0, 1.0], repeat=len(arms))))
-    return [points.assign(loss=np.exp(level + wide * off * s[codes])) for s in signs]
+    return [points.assign(loss=np.exp(level + off * s[codes])) for s in signs]
 
 def band(law: Law, share, tokens, size=None, scatter=1.0) -> np.ndarray:
     "Predicted loss, lower and upper end of its 95 % interval (NaN without draws); `scatter` multiplies the draws."
@@ -135,7 +148,7 @@ def band(law: Law, share, tokens, size=None, scatter=1.0) -> np.ndarray:
     drawn = np.stack([predict(d, share, tokens, size) for d in law.draws.to_dict("records")])
     return np.stack([middle, *np.quantile(drawn * scatter, [0.025, 0.975], axis=0)])
 
-# %% ../nbs/56_law.ipynb #325ff1fc
+# %% ../nbs/56_law.ipynb #e12e71f0
 def _between(points: pd.DataFrame, row) -> float:
     "Loss on the line between the nearest ratios below and above at the same tokens; NaN where one is absent."
     same = points[points["tokens"] == row.tokens].sort_values("share")
@@ -154,7 +167,7 @@ def held_out(points: pd.DataFrame, arm: str, draws: int = 0, seed: int = 0) -> p
     return mine[["arm", "share", "tokens", "loss"]].assign(predicted=middle, low=low, high=high,
                                                            neighbours=[_between(rest, r) for r in mine.itertuples()])
 
-# %% ../nbs/56_law.ipynb #2c00a9cf
+# %% ../nbs/56_law.ipynb #5983ad7b
 def _best(domain: Mapping[str, float], general: Mapping[str, float], replay: np.ndarray, tokens: float, most: float, size) -> float:
     "The replay of the lowest domain loss with a general loss of at most `most`; NaN where none has."
     allowed = predict(general, replay, tokens, size) <= most

@@ -6,7 +6,7 @@
 __all__ = ['LAST', 'CORES', 'SPARE', 'turn', 'walk', 'finished', 'shared', 'work', 'process', 'at_once', 'here', 'on_slurm',
            'walk_all', 'problems', 'run_study']
 
-# %% ../nbs/70_study.ipynb #7b14385e
+# %% ../nbs/70_study.ipynb #fb0ba9db
 import contextlib, fcntl, functools, json, os, signal, subprocess, sys, time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from .pipeline import check, execute
 from .plan import configuration, memory
 from .runs import ROOT, STAGES, Run, Stage, die_with_parent, digest, enter, locked, note_done, outputs, write_json, write_text
 
-# %% ../nbs/70_study.ipynb #08b337bb
+# %% ../nbs/70_study.ipynb #27bec8f1
 def _busy(stage: Stage) -> bool:
     "Whether a process is at work on a stage."
     try:
@@ -65,7 +65,7 @@ def shared(grid: Grid) -> str | None:
     same = [n for n in STAGES[:STAGES.index(LAST) + 1] if len({k[n] for k in keys}) == 1]
     return same[-1] if same else None
 
-# %% ../nbs/70_study.ipynb #6defd854
+# %% ../nbs/70_study.ipynb #ceed7439
 def _folder(grid: Grid) -> Path: return outputs() / grid.study.study
 
 def _note(folder: Path, arm: str) -> Path: return folder / "arms" / f"{arm}.json"
@@ -94,7 +94,7 @@ def _start(folder: Path, arm: str, until: str, threads: int | None, log) -> subp
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", told], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT if log else None,
                             start_new_session=True, preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGTERM, parent))
 
-# %% ../nbs/70_study.ipynb #3673bcbc
+# %% ../nbs/70_study.ipynb #e5d0692e
 CORES, SPARE = 4, 1.5
 
 def at_once(grid: Grid) -> int:
@@ -109,7 +109,7 @@ def _needed(params: Params) -> float:
     config = configuration(params.model)
     return memory(shape_of(config), params.train, params.tokens.sequence_length, cpu=True)["total"] if config else 0.0
 
-# %% ../nbs/70_study.ipynb #19ee9308
+# %% ../nbs/70_study.ipynb #e086158d
 def here(grid: Grid, todo: list[str], number: int, until: str = LAST) -> None:
     "Walk arms in processes on this machine, `number` at a time. Raises KeyboardInterrupt, when all have been stopped."
     folder, waiting, running = _folder(grid), list(todo), {}
@@ -133,7 +133,7 @@ def _ended(folder: Path, arm: str, child: subprocess.Popen) -> None:
     if child.returncode and not _note(folder, arm).exists():
         write_json(_note(folder, arm), dict(ended="failed", error=f"its process ended with code {child.returncode}; if the kernel killed it, memory ran out: set parallel lower"))
 
-# %% ../nbs/70_study.ipynb #ac403c20
+# %% ../nbs/70_study.ipynb #3395554d
 def on_slurm(grid: Grid, names: list[str], until: str = LAST) -> None:
     "Walk arms as an array of Slurm. Raises `UserError` where the job ended before its tasks were done."
     from domain_adapt import workers
@@ -147,7 +147,7 @@ def on_slurm(grid: Grid, names: list[str], until: str = LAST) -> None:
     calls = [functools.partial(work, str(folder), a, until) for a in names]
     workers.run([workers.Each(calls)], logs, len(names), "study", None, grid.study.slurm, "study")
 
-# %% ../nbs/70_study.ipynb #bfd79626
+# %% ../nbs/70_study.ipynb #d13cfebd
 def walk_all(grid: Grid, todo: list[str]) -> None:
     "Walk the arms `todo`: what all share first, if several go at once. Raises what `here` and `on_slurm` raise."
     number, first = 0 if grid.study.slurm else at_once(grid), next(iter(grid.runs))
@@ -164,7 +164,7 @@ def _told(grid: Grid, arm: str) -> dict:
     "How an arm says that it ended; empty where it did not say."
     return json.loads(note.read_text()) if (note := _note(_folder(grid), arm)).exists() else {}
 
-# %% ../nbs/70_study.ipynb #9bd4f7c3
+# %% ../nbs/70_study.ipynb #e159b2f6
 def problems(grid: Grid, recipe: bool = False) -> list[str]:
     "What is wrong with a study that can be known before it starts: its own rules, then every arm's, under its name."
     return rules(grid) + [f"arms.{name}: {p}" for name, params in grid.runs.items() for p in check(params, recipe)]
