@@ -1,0 +1,373 @@
+"""A study: what its YAML may say, what its arms share, what its tables and its page say; killed, failing, in parallel, on Slurm."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lxml.html
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from domain_adapt import stats
+from domain_adapt.arms import ENOUGH, Arm, Grid, Study, is_study, load_study, rules, sequences
+from domain_adapt.contrasts import Result, contrasts, curve, effects, law_points, marginal, merged, ordered, seen
+from domain_adapt.params import UserError, load_params
+from domain_adapt.report import measures
+from domain_adapt.runs import Run
+from domain_adapt.study import problems, shared
+from domain_adapt.study_page import Found, build, page, words
+
+PRESETS = sorted((ROOT / "params/studies").glob("*.yaml"))
+QUICK = load_params(ROOT / "params/quickstart.yaml")
+TINY = load_params(ROOT / "params/tiny.yaml")
+SMALL = {"tokens.sequence_length": 32, "train.steps": 4, "train.warmup": 1, "train.export_at": [1.0], "train.schedule": "constant",
+         "train.validation": {"every": 2, "tokens": 256}, "merge.candidates": [{"name": "half", "method": "linear", "weight": 0.5}], "merge.grid": [],
+         "merge.search": None, "merge.landscape": {}, "merge.max_tokens": 512, "merge.select": {"max_forgetting": 10, "keep": 1},
+         "evaluate.suites": {}, "evaluate.chat": None, "evaluate.perplexity": {"max_tokens": 1024, "block": 64}}
+TWO = [dict(name="none", set={"tokens.replay": 0}), dict(name="half", set={"tokens.replay": 0.5})]
+METHODS = [dict(name="half", set={}), dict(name="most", set={"merge.candidates": [{"name": "most", "method": "linear", "weight": 0.9}]})]
+
+
+def written(folder: Path, **more) -> Path:
+    "A study of the tiny run as a file."
+    data = dict(study="small", kind="replay", base="params/tiny.yaml", set=SMALL | {"train.steps": 8}, arms=TWO) | more
+    (folder / "study.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    return folder / "study.yaml"
+
+
+@pytest.mark.parametrize("more, why", [
+    (dict(armz=[]), "armz: unknown key; did you mean arms?"),
+    (dict(arms=[dict(name="a", sett={})] + TWO), "arms.0.sett: unknown key; did you mean set?"),
+    (dict(law=dict(tolerances=1)), "law.tolerances: unknown key; did you mean tolerance?"),
+    (dict(kind="replays"), "kind: Input should be 'replay'"),
+    (dict(arms=TWO[:1]), "arms: give at least two"),
+    (dict(arms=TWO + TWO[:1]), "two arms are called none"),
+    (dict(parallel=0), "parallel: Input should be greater than 0"),
+    (dict(study="../up"), "study: String should match"),
+    (dict(kind="checkpoints"), "a study of checkpoints has one for each that is exported"),
+    (dict(kind="checkpoints", arms=[], set=SMALL | {"merge.grid": [{"method": "linear", "weight": [.5]}]}), "follows one merge over all"),
+    (dict(base="params/absent.yaml"), "params/absent.yaml: no such file"),
+    (dict(set={"train.stepps": 3}), "arms.none: train.stepps: unknown key; did you mean steps?"),
+    (dict(arms=[TWO[0], dict(name="b", set={"tokens.replay": 2})]), "arms.b: tokens.replay: Input should be less"),
+    (dict(arms=[TWO[0], dict(name="b", set={"run.x": 2})]), "arms.b.set: run.x=2: run holds no keys"),
+    (dict(arms=[TWO[0], dict(name="b" * 64, set={"tokens.replay": .5})]), "run: String should have at most 64 characters"),
+])
+def test_a_yaml_that_is_wrong_is_refused_by_key(tmp_path, more, why):
+    with pytest.raises(UserError) as e: load_study(written(tmp_path, **more))
+    assert why in str(e.value) and "study.yaml" in str(e.value) or "absent" in why
+
+
+def test_no_code_in_the_yaml(tmp_path):
+    (tmp_path / "s.yaml").write_text("study: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(UserError, match="not valid YAML"): load_study(tmp_path / "s.yaml")
+
+
+@settings(max_examples=30, deadline=None)
+@given(steps=st.integers(5, 60), batch=st.sampled_from([4, 8, 32]), replay=st.floats(.001, .9))
+def test_under_16_sequences_are_refused_and_the_way_out_is_one(tmp_path_factory, steps, batch, replay):
+    at = lambda n: load_study(written(tmp_path_factory.mktemp("s"), set=SMALL | {"train.steps": n, "train.global_batch": batch},
+                                      arms=[TWO[0], dict(name="b", set={"tokens.replay": replay})]))
+    said, few = rules(at(steps)), steps * batch * replay < ENOUGH - 1e-6
+    assert few == bool(said)
+    if few: assert rules(at(int(re.search(r"set train.steps to (\d+)", said[0])[1]))) == []
+
+
+@pytest.mark.parametrize("more, why", [
+    (dict(arms=[TWO[1], dict(name="b", set={"tokens.replay": 0.6})]), "arms: none has tokens.replay: 0"),
+    (dict(arms=[*TWO, dict(name="b", set={"tokens.replay": .6, "train.lr": .5})]), "arms.b: a study of replay changes tokens.replay and nothing else; this arm also changes train.lr"),
+    (dict(kind="merge_methods"), "a study of merge_methods changes merge.*"),
+    (dict(kind="scale", arms=[dict(name="a"), dict(name="b")]), "arms: all have the same tokens and the same model"),
+    (dict(kind="checkpoints", arms=[]), "train.export_at has one checkpoint"),
+])
+def test_arms_that_cannot_answer_the_question_are_refused(tmp_path, more, why):
+    said = rules(load_study(written(tmp_path, **more)))
+    assert any(why in s for s in said), said
+
+
+def test_check_tells_the_problems_of_every_arm_by_name(tmp_path, cli):
+    arms = [TWO[0], dict(name="few", set={"tokens.replay": 0.1}), dict(name="odd", set={"tokens.replay": 0.5})]
+    file = written(tmp_path, arms=arms, set=SMALL | {"train.steps": 8, "corpora.news.path": "no/such/file"})
+    done = cli("check", file)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{file}: arms.few: tokens.replay 0.1 of train.steps 8 x train.global_batch 4 is 3.2 sequences" in done.stderr
+    assert all(f"arms.{a}: corpora.news.path: no/such/file" in done.stderr for a in ("none", "few", "odd"))
+    fine = cli("check", written(tmp_path))
+    assert fine.returncode == 0 and "nothing wrong found" in fine.stdout, fine.stderr
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_a_preset_has_nothing_wrong(path):
+    grid = load_study(path)
+    assert is_study(path) and grid.study.study == path.stem
+    assert problems(grid, recipe=True) == []
+    assert bool(grid.study.slurm) == path.stem.endswith("_cluster")
+
+
+def test_the_presets_share_the_quickstarts_stages():
+    quick, key = Run(QUICK).keys, lambda name, arm, stage: Run(load_study(ROOT / f"params/studies/{name}.yaml").runs[arm]).keys[stage]
+    assert key("merge_methods", "ties", "train") == quick["train"] and key("scale", "66k", "train") == quick["train"]
+    assert key("checkpoints", "step-8", "tokens") == quick["tokens"] and key("scale", "16k", "tokens") == quick["tokens"]
+
+
+def test_the_ratios_are_those_that_were_asked_for():
+    asked = {"none": 0, "70-to-1": 1 / 71, "65-to-5": 5 / 70, "60-to-10": 10 / 70, "10-to-1": 1 / 11, "1-to-1": 1 / 2}
+    for name in ("replay", "replay_cluster"):
+        runs = load_study(ROOT / f"params/studies/{name}.yaml").runs
+        assert {a: round(p.tokens.replay, 3) for a, p in runs.items()} == {a: round(s, 3) for a, s in asked.items()}
+        assert all(sequences(p) >= ENOUGH for p in runs.values() if p.tokens.replay)
+
+
+def invented(params, levels: dict[str, tuple[float, float]], n: int = 24, noise: float = .004, seed: int = 0) -> Result:
+    "A made-up result: bits per byte of each variant on a domain corpus and a general one."
+    rng, hard, rows = np.random.default_rng(seed), np.random.default_rng(5).normal(0, .1, (2, n)), []
+    for v, bits in levels.items():
+        for c, (corpus, kind) in enumerate((("sec", "domain"), ("news", "general"))):
+            rows += [dict(variant=v, corpus=corpus, kind=kind, half="all", document=str(i), block=0, tokens=100, bytes=400,
+                          nll=400 * np.log(2) * (bits[c] + hard[c, i] + rng.normal(0, noise))) for i in range(n)]
+    blocks = pd.DataFrame(rows)
+    return Result(params, {}, blocks, "merge:half" if "merge:half" in levels else None, measures(stats.draws(blocks, 7), {"sec": "domain", "news": "general"}))
+
+
+def replayed(share: float): return TINY.model_copy(update=dict(tokens=TINY.tokens.model_copy(update=dict(replay=share))))
+
+
+LEVELS = {"none": (0, {"original": (1., 1.), "cpt": (.9, 1.1), "merge:half": (.92, 1.03)}),
+          "some": (.2, {"original": (1., 1.), "cpt": (.9, 1.05), "merge:half": (.93, .96)}),
+          "alike": (.5, {"original": (1., 1.), "cpt": (.9, 1.1), "merge:half": (.92, 1.03)})}
+
+
+@pytest.fixture(scope="module")
+def replay() -> dict[str, Result]: return {a: invented(replayed(r), levels, noise=0) for a, (r, levels) in LEVELS.items()}
+
+
+@pytest.mark.oracle
+def test_differences_and_the_interaction_are_the_sums_they_are(replay):
+    t = contrasts("replay", replay).set_index(["what", "arm", "text"])["difference"]
+    assert t["replay alone", "some", "general"] == pytest.approx(1.05 - 1.1)
+    assert t["merge on top of training", "none", "general"] == pytest.approx(1.03 - 1.1)
+    assert t["merge on top of replay", "some", "domain"] == pytest.approx(.93 - .9)
+    assert t["replay on top of the merge", "some", "general"] == pytest.approx(.96 - 1.03)
+    assert t["synergy", "some", "general"] == pytest.approx((.96 - 1.05) - (1.03 - 1.1))
+    assert t["synergy", "alike", "general"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.oracle
+def test_pairs_across_arms_are_pairs_in_one_table():
+    arms = {a: invented(replayed(r), levels, seed=i) for i, (a, (r, levels)) in enumerate(LEVELS.items())}
+    joint = stats.draws(pd.concat([r.blocks.assign(variant=f"{a}/" + r.blocks["variant"]) for a, r in arms.items()]), 7)["news"]
+    mine = contrasts("replay", arms).set_index(["what", "arm", "text"]).loc["replay alone", "some", "general"]
+    whole = stats.paired(joint["some/cpt"], joint["none/cpt"])
+    for name in ("difference", "ci_low", "ci_high", "p"): assert mine[name] == pytest.approx(getattr(whole, name), rel=1e-9)
+
+
+def test_arms_that_read_other_text_are_not_compared(replay):
+    other = invented(replayed(.2), LEVELS["some"][1], n=20)
+    found = contrasts("replay", {"none": replay["none"], "some": other})
+    assert set(found["arm"]) == {"none", "some"} and "replay alone" not in set(found["what"])
+
+
+def test_an_arm_without_a_merge_leaves_the_others_be(replay):
+    bare = invented(replayed(.2), {v: b for v, b in LEVELS["some"][1].items() if v != "merge:half"})
+    found = contrasts("replay", replay | {"some": bare})
+    assert set(found.loc[found["arm"] == "some", "what"]) == {"replay alone"}
+    assert "merge" not in set(curve(replay | {"some": bare}, dict.fromkeys(replay, 0.), dict.fromkeys(replay, "x")).query("arm == 'some'")["variant"])
+
+
+def test_verdicts_are_none_of_noise():
+    rng = np.random.default_rng(0)
+    same = {a: invented(replayed(r), {"original": (1., 1.), "cpt": (.9, 1.), "merge:half": (.9, 1.)}, noise=.01, seed=int(rng.integers(99)) + i) for i, (a, (r, _)) in enumerate(LEVELS.items())}
+    assert (contrasts("replay", same)["verdict"] == "cannot tell").mean() > .8
+
+
+def test_effects_are_those_of_the_report(replay):
+    t = effects(replay).set_index(["arm", "variant", "measure"])["value"]
+    assert t["some", "cpt", "domain_bits_per_byte"] == pytest.approx(replay["some"].of("domain_bits_per_byte", "cpt")[0])
+    assert t["some", "merge:half", "gain_percent"] > 0 and t["some", "merge:half", "general_change_percent"] < 0 < t["some", "cpt", "general_change_percent"]
+    assert t["some", "merge:half", "retention"] == pytest.approx((1 - .93) / (1 - .9))
+
+
+def sized(steps: int): return TINY.model_copy(update=dict(train=TINY.train.model_copy(update=dict(steps=steps))))
+
+
+@pytest.mark.oracle
+def test_gain_for_its_price_is_gain_over_price():
+    arms = ordered({"long": invented(sized(32), {"original": (1., 1.), "cpt": (.8, 1.)}), "short": invented(sized(8), {"original": (1., 1.), "cpt": (.9, 1.)})})
+    assert list(arms) == ["short", "long"]
+    cost = pd.DataFrame(dict(arm=["short", "long"], flops=[2e15, 8e15], train_seconds=[60., 180.], tokens=[1e6, 4e6]))
+    t = marginal(arms, cost).set_index("arm")
+    gain = arms["long"].of("gain_percent", "cpt")[0] - arms["short"].of("gain_percent", "cpt")[0]
+    assert t.loc["long", "gain"] == pytest.approx(gain) and t.loc["long", "gain_per_minute"] == pytest.approx(gain / 2)
+    assert t.loc["long", "gain_per_petaflop"] == pytest.approx(gain / 6) and t.loc["short", "gain_per_million_tokens"] == pytest.approx(t.loc["short", "gain"])
+    assert t.loc["long", "gain_per_minute_low"] == pytest.approx(t.loc["long", "ci_low"] / 2)
+
+
+def test_which_points_the_law_may_use(tmp_path):
+    def points(**train) -> list[int]:
+        p = replayed(.2).model_copy(update=dict(train=TINY.train.model_copy(update=dict(steps=20, warmup=4) | train)))
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "tokens": s * 10, "heldout/sec": 3.0, "heldout/news": 4.0, "heldout/encyclopedia": 2.0}) + "\n" for s in range(0, 21, 2)))
+        t = law_points({"a": Result(p, {"train": tmp_path}, pd.DataFrame(), None, {})})
+        assert set(t.loc[t["text"] == "general", "loss"]) == {3.0} and set(t["share"]) == {.2, .8}
+        return sorted(set(t.loc[t["used"], "step"]))
+    assert points(schedule="constant") == [6, 8, 10, 12, 14, 16, 18, 20]
+    assert points(schedule="wsd") == [6, 8, 10, 12, 14, 16], "not the decay"
+    assert points(schedule="cosine") == [20], "a point on the way of a decaying rate is no end"
+
+
+def test_checkpoints_become_arms_with_their_own_model(tmp_path):
+    grid = load_study(written(tmp_path, kind="checkpoints", arms=[], set=SMALL | {"train.steps": 8, "train.export_at": [0.25, 0.5, 1.0]}))
+    assert {a: (merged(p), seen(p)) for a, p in grid.runs.items()} == {"step-2": ("cpt@2", 256), "step-4": ("cpt@4", 512), "step-8": ("cpt", 1024)}
+    assert len({Run(p).keys["train"] for p in grid.runs.values()}) == 1 and shared(grid) == "train"
+
+
+NASTY = "<script>alert(1)</script> & it broke"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, replay) -> Path:
+    "The page of the made-up arms, one of which failed in a hostile way."
+    from domain_adapt.contrasts import law_points
+    from domain_adapt.study_page import _curve
+    study = Study(study="made", kind="replay", title=f"Made {NASTY}", base="params/tiny.yaml", arms=[Arm(name=a) for a in replay])
+    cost = pd.DataFrame([dict(arm=a, stage="train", seconds=60., shared=a != "none", folder="train-x") for a in replay])
+    arms = pd.DataFrame([dict(arm=a, run=f"made-{a}", steps=8, error="", replay_asked=r.params.tokens.replay, where=f"{ROOT}/x") for a, r in replay.items()])
+    tables = dict(arms=arms, curve=_curve("replay", replay), contrasts=contrasts("replay", replay), effects=effects(replay), costs=cost)
+    found = Found(Grid(study, {a: r.params for a, r in replay.items()}), replay, tables, {"lost": NASTY}, {"domain": "the law needs at least 4 ratios, and there are 3"})
+    build(found, out := tmp_path_factory.mktemp("made"))
+    (out / "said.json").write_text(json.dumps(words(found)))
+    return out
+
+
+def test_the_page_says_what_its_tables_say(site):
+    text = " ".join(lxml.html.parse(site / "index.html").getroot().text_content().split())
+    for paragraph in json.loads((site / "said.json").read_text()): assert " ".join(paragraph.split()) in text
+    t = pd.read_csv(site / "tables/contrasts.csv").query("what == 'synergy' and text == 'general'")
+    far = t.loc[t["difference"].abs().idxmax()]
+    assert f"{far['difference'] * 1000:+.1f}".replace("-", "\N{MINUS SIGN}") in text and f"({far['arm']})" in text
+    assert "1 help each other, 1 too close to tell of 2 arms" in text
+    assert "without sharing them it would have been 3.0" in text and "took 1.0 minutes" in text
+    assert "There is no fit of domain text: the law needs at least 4 ratios" in text and "No ratio is recommended" in text
+
+
+def test_the_page_is_safe_whole_and_asks_nobody(site):
+    tree = lxml.html.parse(site / "index.html")
+    whole = (site / "index.html").read_text()
+    assert "Arm lost failed" in tree.getroot().text_content() and NASTY in " ".join(tree.getroot().text_content().split())
+    assert "<script>alert" not in whole and str(ROOT) not in whole and str(ROOT) not in (site / "tables/arms.csv").read_text()
+    assert all(s.get("aria-label") for s in tree.iterfind(".//svg[@role='img']")) and len(tree.findall(".//figure")) == 2
+    for a in tree.iterfind(".//a[@download]"): assert (site / a.get("href")).is_file()
+    assert not [e for e in tree.iter("script", "link", "img") if (e.get("src") or e.get("href") or "").startswith("http")]
+
+
+def at(outputs: Path) -> dict[str, str]: return {"DOMAIN_ADAPT_OUTPUTS": str(outputs)}
+
+
+def folders(outputs: Path, stage: str) -> list[Path]: return list((outputs / ".stages").glob(f"{stage}-*"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, cli):
+    "A tiny study of replay whose last arm asks for more general text than there is; what the command said, its folder, its file."
+    outputs, home = tmp_path_factory.mktemp("outputs"), tmp_path_factory.mktemp("home")
+    arms = [*TWO, dict(name="greedy", set={"tokens.replay": 0.9})]
+    file = written(home, arms=arms, set=SMALL | {"train.steps": 16, "train.max_epochs": 0.5, "corpora.encyclopedia.heldout": 0.9})
+    return cli("study", file, env=at(outputs), timeout=1800), outputs, file
+
+
+@pytest.mark.slow
+def test_a_failed_arm_does_not_lose_the_others_and_is_named(done):
+    said, outputs, _ = done
+    assert said.returncode == 2 and "arm greedy failed: corpora.encyclopedia" in said.stderr and "the page has the other 2 arms" in said.stderr, said.stdout + said.stderr
+    tree = lxml.html.parse(outputs / "small/index.html").getroot()
+    assert "Arm greedy failed" in tree.text_content() and "more than train.max_epochs 0.5" in tree.text_content()
+    t = pd.read_csv(outputs / "small/tables/arms.csv").set_index("arm")
+    assert dict(t["ended"]) == {"none": "done", "half": "done", "greedy": "failed"} and t.loc["half", "replay_drawn"] == pytest.approx(.5, abs=.05)
+    assert t.loc["none", "merge"] == "half" and t.loc["none", "seconds"] > 0 and t.loc["none", "flops"] > 0
+
+
+@pytest.mark.slow
+def test_nothing_is_done_twice(done, cli):
+    said, outputs, file = done
+    assert {s: len(folders(outputs, s)) for s in ("ingest", "tokens", "train", "merge", "evaluate")} == {"ingest": 1, "tokens": 2, "train": 2, "merge": 2, "evaluate": 2}
+    before = {p: p.stat().st_mtime_ns for p in (outputs / ".stages").rglob("*") if p.is_file() and ".locks" not in p.parts}
+    again = cli("study", outputs / "small/study.yaml", env=at(outputs), timeout=1800)
+    assert "3 arms, 2 done already" in again.stdout and again.returncode == 2, again.stdout + again.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in (outputs / ".stages").rglob("*") if p.is_file() and ".locks" not in p.parts}
+    cost = pd.read_csv(outputs / "small/tables/costs.csv")
+    assert cost.loc[cost["shared"], "stage"].tolist() == ["ingest"]
+
+
+@pytest.mark.slow
+def test_an_arm_is_a_run_that_can_have_its_own_report(done, cli):
+    _, outputs, _ = done
+    own = cli("run", outputs / "small/arms/half.yaml", env=at(outputs))
+    assert own.returncode == 0 and (outputs / "small-half/6_report/index.html").is_file(), own.stderr
+    assert len(folders(outputs, "train")) == 2
+
+
+def started(file: Path, outputs: Path, stage: str, **more) -> subprocess.Popen:
+    "A study, waited for until a stage's folder is there and unfinished."
+    child = subprocess.Popen([sys.executable, "-m", "domain_adapt.cli", "study", str(file)], cwd=ROOT, env=os.environ | at(outputs),
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+    while not folders(outputs, stage):
+        assert child.poll() is None, child.stdout.read()
+        time.sleep(.1)
+    return child
+
+
+def tree_of(child: subprocess.Popen) -> list[psutil.Process]: return [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_a_killed_study_goes_on_where_it_stopped(tmp_path, cli, how, code):
+    file, outputs = written(tmp_path, kind="merge_methods", arms=METHODS), tmp_path / "outputs"
+    child = started(file, outputs, "train")
+    below = tree_of(child)
+    child.send_signal(how)
+    said = child.communicate(timeout=120)[0]
+    assert child.returncode == code and "Traceback" not in said, said
+    assert not psutil.wait_procs(below, timeout=30)[1], "a process outlived the study"
+    kept = {p: p.stat().st_mtime_ns for s in ("ingest", "tokens") for f in folders(outputs, s) for p in f.rglob("*")}
+    after = cli("study", file, env=at(outputs), timeout=1800)
+    assert after.returncode == 0 and (outputs / "small/index.html").is_file(), after.stdout + after.stderr
+    assert kept == {p: p.stat().st_mtime_ns for s in ("ingest", "tokens") for f in folders(outputs, s) for p in f.rglob("*")}
+    assert {s: len(folders(outputs, s)) for s in ("train", "merge")} == {"train": 1, "merge": 2}
+
+
+@pytest.mark.slow
+def test_arms_at_once_wait_for_the_stage_they_share(tmp_path, cli):
+    "Each arm as a study of its own, so that nothing but the stages' own locks keeps them apart."
+    outputs, files = tmp_path / "outputs", []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        files.append(written(tmp_path / name, study=name, kind="merge_methods", arms=METHODS, parallel=2))
+    both = [subprocess.Popen([sys.executable, "-m", "domain_adapt.cli", "study", str(f)], cwd=ROOT, env=os.environ | at(outputs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for f in files]
+    for child, name in zip(both, ("one", "two")):
+        said = child.communicate(timeout=1800)[0]
+        assert child.returncode == 0, said
+        assert pd.read_csv(outputs / name / "tables/arms.csv")["ended"].tolist() == ["done", "done"]
+    assert {s: len(folders(outputs, s)) for s in ("ingest", "tokens", "train", "merge")} == {"ingest": 1, "tokens": 1, "train": 1, "merge": 2}
+    assert not list((outputs / ".stages").glob("*/*.failed.ipynb"))
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_an_array_of_slurm_does_the_same(tmp_path, cli, slurm_here):
+    file, outputs = written(tmp_path, kind="merge_methods", arms=METHODS, slurm=dict(partition="main", memory_gb=4)), tmp_path / "outputs"
+    said = cli("study", file, env=at(outputs) | slurm_here, timeout=1800)
+    assert said.returncode == 0, said.stdout + said.stderr
+    scripts = sorted((outputs / "small/jobs").rglob("launch_script.slurm"))
+    assert sorted(re.search(r"--array=\S+", s.read_text())[0] for s in scripts) == ["--array=0-0", "--array=0-1"], "what they share first, then a task an arm"
+    assert pd.read_csv(outputs / "small/tables/arms.csv")["ended"].tolist() == ["done", "done"]
+    assert {s: len(folders(outputs, s)) for s in ("train", "merge")} == {"train": 1, "merge": 2}
