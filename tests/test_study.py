@@ -22,7 +22,7 @@ from domain_adapt import stats
 from domain_adapt.arms import ENOUGH, Arm, Grid, Study, is_study, load_study, rules, sequences
 from domain_adapt.contrasts import Result, contrasts, curve, effects, law_points, marginal, merged, ordered, seen
 from domain_adapt.params import UserError, load_params
-from domain_adapt.report import measures
+from domain_adapt.summary import measures
 from domain_adapt.runs import Run
 from domain_adapt.study import problems, shared
 from domain_adapt.study_page import Found, build, page, words
