@@ -95,7 +95,8 @@ def training(folder: Path, small: bool, precision: str) -> dict:
     ours, theirs = map(statistics.median, zip(*took))
     params = load_params(ROOT / "params" / "quickstart.yaml")
     return dict(ours=ours, theirs=theirs, rounds=steps, amount=params.train.global_batch * params.tokens.sequence_length,
-                note=f"peak memory {peak:.1f} GB and {their_peak:.1f}, {before:.1f} and {their_before:.1f} of it before the model; mean loss {loss:.3f}, {their_loss:.3f}")
+                note=f"peak memory {peak:.1f} GB and {their_peak:.1f}, {before:.1f} and {their_before:.1f} of it before the model; "
+                     f"mean loss {loss:.3f}, {their_loss:.3f}")
 
 
 if __name__ == "__main__":
