@@ -123,6 +123,7 @@ PRESETS: dict[str, Callable[[], list[BaseFilter]]] = {
 USUAL = {"sec": "filings", "medical": "papers", "patents": "patents", "general": "prose"}
 FORMAL = ("filings", "patents")
 
+# %% ../nbs/15_filters.ipynb #ec98372a
 def preset(corpus: Corpus) -> str:
     "The name of the preset by which a corpus is filtered: the one asked for, or its source's usual one."
     return corpus.filters or USUAL[corpus.source]

@@ -35,6 +35,7 @@ def _lines(file: Path) -> Iterator[dict]:
     opened = gzip.open if file.suffix == ".gz" else open
     with opened(file, "rt", encoding="utf-8-sig") as f: yield from _of_json([json.loads(line) for line in f if line.strip()], file)
 
+# %% ../nbs/05_originals.ipynb #24a08f50
 def _csv(file: Path) -> Iterator[dict]:
     with file.open(newline="", encoding="utf-8-sig") as f: yield from csv.DictReader(f)
 

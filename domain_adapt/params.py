@@ -115,6 +115,7 @@ class Corpus(Strict):
         if self.limit and not hub: raise ValueError("limit is for a hub path, whose data is streamed")
         return self
 
+# %% ../nbs/00_params.ipynb #cd7acbc4
 def _duration(value: Any) -> Any:
     "Slurm's time; YAML 1.1 reads an unquoted 24:00:00 as its seconds."
     if type(value) is not int: return value
@@ -129,6 +130,7 @@ class Slurm(Strict):
     memory_gb: PositiveInt = 8
     options: dict[str, str] = {}
 
+# %% ../nbs/00_params.ipynb #05b96b3f
 class Ingest(Strict):
     """Reading and filtering: processes (None is one a core) or Slurm, the shortest document kept, seconds a
     document may take, the share of unreadable ones that fails the stage, and where on S3 a copy goes."""
@@ -159,6 +161,7 @@ class Layout(Strict):
         if self.sp and self.tp == 1: raise ValueError("sp splits the sequence over tp processes; set tp above 1")
         return self
 
+# %% ../nbs/00_params.ipynb #d8d11ba6
 class Validation(Strict):
     "Held-out loss while training: every so many steps, on so many tokens of each corpus."
     every: PositiveInt = 10
@@ -419,6 +422,7 @@ class Suite(Strict):
     fewshot: NonNegativeInt | None = None
     chat_template: Literal[False, True, "both"] = False
 
+# %% ../nbs/00_params.ipynb #a4eff079
 def _address(url: str) -> str:
     try: urlsplit(url).port
     except ValueError as e: raise ValueError(f"is no address: {e}") from None
@@ -445,6 +449,7 @@ class Chat(Strict):
     domain: str
     max_tokens: PositiveInt = 128
 
+# %% ../nbs/00_params.ipynb #414fa014
 class Evaluate(Strict):
     """What is measured, and in which precision. `texts`: general texts besides those held out, by name, `hub` for the known or an
     address. `contamination`: look for the benchmarks' items in the training text. `backend`: what answers the benchmarks.

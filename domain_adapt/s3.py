@@ -54,6 +54,7 @@ def explained(address: str, doing: str) -> Iterator[None]:
                         "credentials (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and "
                         "AWS_ENDPOINT_URL") from e
 
+# %% ../nbs/01_s3.ipynb #3e15c3e2
 def listing(address: str) -> list[Item]:
     """The object at `address`, or all objects below it, sorted by path; folder markers are left out.
     Raises `UserError` where the server cannot be asked."""

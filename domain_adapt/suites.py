@@ -44,6 +44,7 @@ def _listed(rows: Iterable[dict], part: dict, place: str) -> Iterator[dict]:
     ids = set(json.loads(lists[0].read_text(encoding="utf-8")))
     return (r for r in rows if r["id"] in ids)
 
+# %% ../nbs/05_suites.ipynb #096c490c
 def _rows(config: dict, part: dict, places: list[str]) -> tuple[str, Iterable[dict]]:
     "Where a part of a task was found first, and its rows. Raises `UserError` where it is nowhere."
     for place in places:
@@ -83,6 +84,7 @@ def prompts_file(domain: str) -> Path:
     if domain not in domains: raise UserError(f"evaluate.chat.domain: no prompts on {domain}; known: {', '.join(domains)}")
     return TASKS / "chat" / f"{domain}.yaml"
 
+# %% ../nbs/05_suites.ipynb #44b076e9
 def configs(name: str, only: list[str] | None = None) -> list[dict]:
     """The tasks of a suite, or those of them that are named in `only`, each an lm-eval YAML whose metadata has the `group` it
     is summed up in. A suite of another name is the tasks that `only` names. Raises `UserError` for what is not known."""
@@ -96,6 +98,7 @@ def configs(name: str, only: list[str] | None = None) -> list[dict]:
     found = {t: read_yaml(TASKS / f"{t}.yaml") for t in only or group}
     return [c | {"metadata": c["metadata"] | {"group": group.get(t, "")}} for t, c in found.items()]
 
+# %% ../nbs/05_suites.ipynb #c9a96bdd
 def check_asked(params: Params) -> None:
     """Raise `UserError` for a suite, a task or a domain of chat that is not known, a task that two suites ask, or questions
     about patents without patents."""

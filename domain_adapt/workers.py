@@ -158,6 +158,7 @@ def cores() -> int:
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+# %% ../nbs/17_workers.ipynb #1d608dab
 def run(steps: list[PipelineStep], logs: Path, tasks: int, description: str, workers: int | None = None,
         slurm: Slurm | None = None, section: str = "ingest") -> None:
     """Run a pipeline in `tasks` parts, those not done yet: on `workers` processes (None is one a core), or by
@@ -185,6 +186,7 @@ def _here(executor: LocalPipelineExecutor, workers: int) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
+# %% ../nbs/17_workers.ipynb #10f5392b
 def _begin(executor: LocalPipelineExecutor, parent: int | None = None) -> None:
     "What a process does once: take the pipeline, which it inherits, and die with its parent if it has one."
     global _executor

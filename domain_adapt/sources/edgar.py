@@ -306,6 +306,7 @@ def listing(query: Edgar, folder: Path) -> Path:
     "The table of a query's filings in `folder`."
     return folder / f"filings-{digest(query.model_dump(exclude={'user_agent', 'base_url'}))}.csv"
 
+# %% ../../nbs/11_edgar.ipynb #8806b73c
 def _offline(query: Edgar, folder: Path, key: str) -> pd.DataFrame:
     "The listing fetched before."
     if not (at := listing(query, folder)).is_file():

@@ -228,6 +228,7 @@ def cell_text(td: etree._Element) -> str:
     "All a cell shows, on one line."
     return "" if hidden(td) else tidy("".join(_pieces(td)) if len(td) else td.text or "")
 
+# %% ../../nbs/08_markdown.ipynb #77bc227a
 MAX_COLUMNS, MAX_SLOTS = 1000, 1_000_000
 
 def grid(table: etree._Element) -> list[list[Cell]]:

@@ -112,6 +112,7 @@ def mended(text: str) -> etree._Element:
     for el in root.iter("*"): el.tag = el.tag if el.tag[0] == "{" else el.tag.rpartition(":")[2]
     return root
 
+# %% ../../nbs/09_tagged.ipynb #41b3540c
 def parse(data: bytes) -> etree._Element:
     "The tree of one document as `split` gives it. Raises `Unreadable`."
     text = named(decode(data))
@@ -133,6 +134,7 @@ def apart(left: str, right: str) -> bool:
     "Whether two pieces of text would make one figure of two."
     return (left[-1:].isdecimal() or left[-1:] in (".", ",")) and bool(re.match(r"\d|[.,]\d", right))
 
+# %% ../../nbs/09_tagged.ipynb #bd4c91b2
 def script(left: str, kind: str, text: str) -> str:
     "What a superscript (`sup`) or subscript (`sub`) adds to the text `left` of it."
     inner = " ".join(text.split())
