@@ -101,6 +101,7 @@ def sharded_state(ddp, optimizer, loading: bool = False) -> dict:
 
 # %% ../nbs/33_checkpoints.ipynb #4f9ee132
 def precision(optimizer) -> str:
+    "bf16 or fp32: what the optimizer's model is trained in."
     part, = optimizer.chained_optimizers
     return "bf16" if part.config.bf16 else "fp32"
 
@@ -186,7 +187,9 @@ PART, STEP = re.compile(r"\.step_\d+\.(part|gone)"), re.compile(r"step_(\d+)")
 CHECKSUMS, LATEST = "checksums.json", "latest.json"
 OWN = (".metadata", "common.pt", "metadata.json")    # the first process's files
 
-def is_first() -> bool: return torch.distributed.get_rank() == 0
+def is_first() -> bool:
+    "Whether this is the first of the processes."
+    return torch.distributed.get_rank() == 0
 
 def on_first(work: Callable[[], Any]) -> Any:
     "What `work` gives on the first process, for all of them; its OSError is raised on all."

@@ -36,6 +36,7 @@ def files_below(root: Path) -> list[str]:
     found = (f.relative_to(root) for f in root.rglob("*") if f.is_file())
     return sorted(f.as_posix() for f in found if not any(part.startswith(".") for part in f.parts))
 
+# %% ../nbs/18_clean.ipynb #cc4d24cc
 def _of_edgar(name: str, query: Edgar) -> list[dict]:
     "Filings in the cache, fetched where they are not there; those not to be had are listed with the reason."
     folder = cache_folder() / "edgar"
@@ -61,6 +62,7 @@ def corpus_files(name: str, corpus: Corpus) -> list[dict]:
     if found: return found
     raise UserError(f"corpora.{name}.path: {at}: the folder holds no files; give one that does")
 
+# %% ../nbs/18_clean.ipynb #5bccbb33
 def read_file(source: str, file: dict) -> Iterator[Document]:
     "The documents of one file of `corpus_files`; an object of S3 is copied to a temporary file for it."
     if "lost" in file: yield not_kept(file["lost"])
@@ -158,6 +160,7 @@ def _list(name: str, corpus: Corpus, logs: Path) -> int:
         write_json(at / "tasks", tasks)
     return json.loads((at / "tasks").read_text())
 
+# %% ../nbs/18_clean.ipynb #7ef3a476
 Left = list[tuple[str, tuple[int, int]]]
 
 def _first_pass(name: str, corpus: Corpus, params: Params, out: Path, tasks: int) -> Left:
@@ -190,6 +193,7 @@ def _second_pass(name: str, params: Params, out: Path, tasks: int) -> Left:
          logs / "distinct", tasks, name, "copies", params)
     return list(zip(names, passed(logs / "distinct", tasks)[1:]))
 
+# %% ../nbs/18_clean.ipynb #1a5e3d0e
 def clean_corpus(name: str, corpus: Corpus, params: Params, out: Path) -> None:
     """Read, filter and write one corpus below `out`; its funnel, its drops and the lengths of its documents
     go to `logs/<corpus>/`. What is there of an earlier try is not done again."""
@@ -243,6 +247,7 @@ def _check_failures(name: str, corpus: Corpus, params: Params, out: Path) -> str
                 "fraction")
     return None
 
+# %% ../nbs/18_clean.ipynb #499a5fc4
 def ingest(params: Params, folders: dict[str, Path], out: Path) -> None:
     """Clean every corpus: `documents/<corpus>/*.jsonl.gz`, what was dropped in `dropped/<corpus>/<why>/`,
     `funnel.csv` (what each step left), `dropped.csv` (reasons) and `lengths.csv`. A try that was killed is

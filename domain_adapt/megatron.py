@@ -551,6 +551,7 @@ def _squares(grad: torch.Tensor, block: int = 4096) -> torch.Tensor:
     norms = torch.linalg.vector_norm(flat[:whole].view(-1, block), dim=1)
     return norms.double().square().sum() + torch.linalg.vector_norm(flat[whole:]).double().square()
 
+# %% ../nbs/31_megatron.ipynb #b241e5b7
 def grad_norm(optimizer) -> float:
     "The norm of the ready gradients over all processes, as exact under every layout."
     total = 0.0

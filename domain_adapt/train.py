@@ -200,6 +200,7 @@ def due(run: Training, step: int) -> tuple[bool, bool]:
     return (step % t.validation.every == 0 or step == t.steps,
             step in export_steps(run.params) or bool(every and step % every == 0))
 
+# %% ../nbs/33_train.ipynb #5f49bf4f
 def walk(run: Training, step: int, asked: Asked) -> int:
     "Train from after `step` to the end, or until a signal asks to stop. Gives the last step, which is saved."
     from domain_adapt.megatron import over_processes
