@@ -102,6 +102,7 @@ def reads_trees(model) -> bool:
     alone = [tree_logprobs(model, [Tree([1, 2, 3, 4, 5, 6], [b], [0])])[0][0] for b in branches]
     return all(abs(a - t) < 0.02 * abs(a) for (a, _), (t, _) in zip(alone, together))
 
+# %% ../nbs/42_asking.ipynb #3ac87ca5
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     "Silence lm-eval's own bars and warnings; errors are raised all the same."
@@ -112,6 +113,7 @@ def quiet() -> Iterator[None]:
         with contextlib.redirect_stderr(io.StringIO()): yield
     finally: log.setLevel(level)
 
+# %% ../nbs/42_asking.ipynb #9055faf3
 class SharedContext(HFLM):
     "lm-eval's `hf` model, but that it reads the context of an item's choices once."
     tokens = 1024

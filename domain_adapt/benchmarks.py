@@ -49,6 +49,7 @@ class Task:
     @property
     def main_metric(self) -> str: return next((m for m in ("acc_norm", "acc") if m in self.metrics), self.metrics[0])
 
+# %% ../nbs/42_benchmarks.ipynb #76a6688a
 def _picked(config: dict, suite: Suite) -> tuple[datasets.Dataset, list[str]]:
     "The items that a suite asks of a task, and their names. Raises `UserError` where there are none."
     whole = suites.parts(config, suite)
@@ -74,6 +75,7 @@ def _scored(score: Callable) -> Callable:
     "What lm-eval calls with an item and the answers: one text, or the log-probability of each choice and whether it is greedy."
     return lambda item, answers: score(item, answers[0] if isinstance(answers[0], str) else [nats for nats, _ in answers])
 
+# %% ../nbs/42_benchmarks.ipynb #44d369cf
 @contextlib.contextmanager
 def _naming(task: str, item: str) -> Iterator[None]:
     "Let an error in the templates of a task name the item."
@@ -144,6 +146,7 @@ def scores(samples: Sequence[dict], metric: str, seed: int = 0) -> dict:
     error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
     return dict(value=float(values.mean()), stderr=error, ci_low=low, ci_high=high, n=n)
 
+# %% ../nbs/42_benchmarks.ipynb #e38ce24b
 def samples_file(out: Path, variant: str, task: str) -> Path:
     "Where the answered items of a variant and task are kept."
     return out / "samples" / variant / f"{task}.jsonl"
@@ -171,6 +174,7 @@ def run_suite(variant: Variant, suite: str, tasks: Sequence[Task], seed: int, ou
                         cut=sum(cut[t.label] for t in ts))
                    for (group, chat), ts in groups(tasks).items()]
 
+# %% ../nbs/42_benchmarks.ipynb #cf5c79e5
 def groups(tasks: Sequence[Task]) -> dict[tuple[str, bool], list[Task]]:
     "Tasks by the group they are summed up in, and whether they were asked in the chat template."
     found: dict[tuple[str, bool], list[Task]] = {}
@@ -189,6 +193,7 @@ def mean_of(values: Sequence[np.ndarray], seeds: Sequence[int]) -> dict:
     low, high = interval(drawn)
     return dict(value=float(drawn[0]), stderr=float(drawn[1:].std(ddof=1)), ci_low=low, ci_high=high, n=sum(map(len, values)))
 
+# %% ../nbs/42_benchmarks.ipynb #4b1ab6a3
 def _is_cut(lm: Remembering, t: Task, sample: dict) -> bool:
     "Whether a prompt lost its beginning because it would not fit into the model with what follows."
     written = (t.task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)

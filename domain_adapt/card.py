@@ -107,6 +107,7 @@ def model_card(params: Params, folders: Mapping[str, Path], merged: Path, name: 
         "## Lineage", markdown(lineage(folders, dict(parents) | {name: merged / name})),
         "## Limits", "\n".join(f"- {s}" for s in limits(params, blocks))]) + "\n"
 
+# %% ../nbs/62_card.ipynb #16cfd458
 def write_card(params: Params, folders: Mapping[str, Path], merged: Path, name: str) -> None:
     "Put README.md and merges.png into the folder of merge `name`."
     figure = figures.sweep(pd.read_csv(merged / "sweep.csv"))

@@ -111,6 +111,7 @@ def _of_patents(params: Params, tokens: Path, tokenizer, out: Path, dtype: str) 
     write_csv(out / "questions" / "abstracts.csv", pd.DataFrame(sorted(became.items()), columns=["outcome", "patents"]))
     return closed_book_blocks(written.to_dict("records"), tokenizer) + abstracts
 
+# %% ../nbs/47_evaluation.ipynb #833da905
 def gather(params: Params, folders: Mapping[str, Path], out: Path, dtype: str | None = None) -> Work:
     "The models, texts and questions of a run, and the precision. Raises `UserError` where one is absent or does not fit."
     check_backend(params.evaluate.backend)
@@ -170,6 +171,7 @@ def measure_apart_all(work: Work, folders: Mapping[str, Path], out: Path) -> Non
             raise UserError("evaluate.workers: a process was killed, perhaps as memory ran out; set it lower and run again: what is "
                             "answered is not asked again") from None
 
+# %% ../nbs/47_evaluation.ipynb #84e972a5
 def evaluate(params: Params, folders: dict[str, Path], out: Path) -> None:
     """The evaluate stage: perplexity of every variant on both halves; benchmarks and chat of all but checkpoints on the
     way. Writes perplexity, benchmarks, comparisons, contamination, chat and blocks as CSV, settings.json, samples/."""

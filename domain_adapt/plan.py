@@ -74,6 +74,7 @@ def _batch_problems(train: Train, length: int) -> list[str]:
         found += _indivisible(part, length // l.cp, "tp", l.tp)
     return found
 
+# %% ../nbs/34_plan.ipynb #46322a12
 def _model_problems(train: Train, length: int, shape: Shape) -> list[str]:
     "What the model's sizes do not allow."
     l, found = train.layout, []

@@ -153,6 +153,7 @@ class Resolved:
     own: dict[str, dict[str, Any]]
     by_depth: set[tuple[str, str]]
 
+# %% ../nbs/51_recipe.ipynb #431dc234
 def _settings(node: Any, model: str = "") -> Iterator[tuple[str, str, Any]]:
     "Model ('' for the merge's own), name and value of every parameter in a configuration."
     if isinstance(node, list):
@@ -170,6 +171,7 @@ def _lengths(setting: Any) -> list[int]:
     own = [len(setting)] if len(setting) > 1 and not isinstance(setting[0], dict) else []
     return own + [n for e in setting for n in _lengths(e)]
 
+# %% ../nbs/51_recipe.ipynb #1d9ee57a
 class _Reader(MergePlanner):
     "mergekit's planner, that reads settings and plans nothing. `sizes`: of the tensors there are, by name."
     def __init__(self, config: MergeConfiguration, sizes: dict[str, int]):

@@ -125,6 +125,7 @@ def preview(params: Params, folders: Mapping[str, Path]) -> tuple[pd.DataFrame, 
     notes = _notes(named, models, aside)
     return _weights(named, models["original"]), notes
 
+# %% ../nbs/55_sweep.ipynb #65cbd090
 def foreseen(params: Params, config: dict) -> dict[str, str]:
     """What there is to say of the candidates that the YAML names, by name, as far as the original's `config.json`
     tells: no model is needed. Raises `UserError` for one that cannot be merged."""
@@ -140,6 +141,7 @@ def foreseen(params: Params, config: dict) -> dict[str, str]:
             found[c.name] = " ".join([first.note, *lint(first, Path(at))]).strip()
     return {name: text for name, text in found.items() if text}
 
+# %% ../nbs/55_sweep.ipynb #e4d4ce29
 def _named(params: Params, models: Mapping[str, Path]) -> list[Recipe]:
     "The recipes that the YAML names, of each candidate the first."
     return [recipes(c, **_how(params, models))[0] for c, _ in candidates(params).values()]
@@ -258,6 +260,7 @@ def _landscape(sweep: Sweep, out: Path) -> None:
     write_csv(out / "density.csv", curve)
     write_csv(out / "plane.csv", plane)
 
+# %% ../nbs/55_sweep.ipynb #d0085c64
 def merge_candidates(params: Params, folders: dict[str, Path], out: Path) -> None:
     """The merge stage: candidates merged in memory, scored and chosen from; in `out` the tables, selection.json, and a
     folder for each merge that is kept. Raises `UserError`."""
