@@ -10,9 +10,9 @@ __all__ = ['KINDS', 'MAY', 'ENOUGH', 'Arm', 'Law', 'Study', 'is_study', 'read_st
 import copy, difflib, json, math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from pydantic import Field, PositiveInt, ValidationError, model_validator
-from .params import Candidate, Name, Params, Share, Slurm, Strict, UserError, read_yaml, set_key, validate
+from typing import Any, Literal
+from pydantic import PositiveInt, ValidationError, model_validator
+from .params import Name, Params, Share, Slurm, Strict, UserError, read_yaml, set_key, validate
 from .runs import Run, local_path
 from .train import export_steps
 
@@ -22,6 +22,7 @@ KINDS = {"replay": "How much general text must be replayed, and does merging mak
          "checkpoints": "Do better checkpoints merge better?",
          "scale": "What do more tokens bring, and at what price?"}
 
+# %% ../nbs/63_arms.ipynb #e7e2fde0
 class Arm(Strict):
     "A run of a study: its name and the keys in which it differs, dotted as for --set."
     name: Name
@@ -61,7 +62,8 @@ def is_study(path: str | Path) -> bool:
 
 def _fields(loc: tuple) -> list[str]:
     "Keys that are known where `loc` points."
-    return list((Arm if loc[0] == "arms" else Law if loc[0] == "law" else Slurm if loc[0] == "slurm" else Study).model_fields if len(loc) > 1 else Study.model_fields)
+    sections = {"arms": Arm, "law": Law, "slurm": Slurm}
+    return list((sections.get(loc[0], Study) if len(loc) > 1 else Study).model_fields)
 
 def _explain(error: dict) -> str:
     "One line for one pydantic error."
@@ -115,6 +117,7 @@ def _merges(params: Params) -> list[Arm]:
         arms.append(Arm(name=f"step-{step}", set={"merge.candidates": [made | ({} if recipe.seed is None else {"seeds": [recipe.seed]})]}))
     return arms
 
+# %% ../nbs/63_arms.ipynb #cb845861
 @dataclass(frozen=True)
 class Grid:
     "A study with its arms as runs, by name."
@@ -177,9 +180,9 @@ def rules(grid: Grid) -> list[str]:
     "What is wrong with a study as such, a line each."
     runs, kind = grid.runs, grid.study.kind
     odd = {n: [k for k in keys if not k.startswith(MAY[kind])] for n, keys in differing(runs).items()}
-    said = [f"arms.{n}: a study of {kind} changes {' or '.join(MAY[kind]).replace('.', '.*') if kind != 'replay' else 'tokens.replay'} and nothing else; this arm also changes {', '.join(keys)}"
-            for n, keys in odd.items() if keys]
+    may = " or ".join(f"{k}*" if k.endswith(".") else k for k in MAY[kind])
+    said = [f"arms.{n}: a study of {kind} changes {may} and nothing else; this arm also changes {', '.join(keys)}" for n, keys in odd.items() if keys]
     if kind == "replay": said += _of_replay(runs)
-    if kind == "checkpoints" and len(export_steps(next(iter(runs.values())))) < 2: said.append("base: train.export_at has one checkpoint, so there is no road to look at")
+    if kind == "checkpoints" and len(runs) < 2: said.append("base: train.export_at has one checkpoint, so there is no road to look at")
     if kind == "scale" and len({(tokens_asked(p), p.model) for p in runs.values()}) < 2: said.append("arms: all have the same tokens and the same model")
     return said

@@ -9,7 +9,7 @@ __all__ = ['DONE', 'SHOWN', 'BITS', 'SAID', 'ASKED', 'COMPARED', 'PRICES', 'Resu
 
 # %% ../nbs/64_contrasts.ipynb #22042f1a
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -45,6 +45,7 @@ class Result:
         one = self.blocks[self.blocks["variant"] == "original"]
         return one[["corpus", "document", "block", "bytes"]].reset_index(drop=True)
 
+# %% ../nbs/64_contrasts.ipynb #d2e5285d
 def chooses(params: Params) -> bool:
     "Whether a run chooses its merge among several."
     return len(params.merge.candidates) > 1 or bool(params.merge.grid or params.merge.search)
@@ -181,6 +182,7 @@ def _drawn(r: Result) -> float:
     kinds = found["corpus"].map(r.params.kinds)
     return float(found.loc[kinds == "general", "share"].sum()) if len(found) else np.nan
 
+# %% ../nbs/64_contrasts.ipynb #1f4b9149
 def arms_table(grid: Grid, results: dict[str, Result], failed: dict[str, str], cost: pd.DataFrame) -> pd.DataFrame:
     "arms.csv: every arm, what it changes, what it trained on, what it cost, and how it ended."
     rows = []
@@ -256,6 +258,7 @@ def _foretold(text: str, points: pd.DataFrame, asked: Law, seed: int) -> pd.Data
     inner = points.loc[points["share"].between(points["share"].min(), points["share"].max(), inclusive="neither"), "arm"].unique()
     return pd.concat([law.held_out(points, a, asked.draws, seed).assign(text=text) for a in inner], ignore_index=True)
 
+# %% ../nbs/64_contrasts.ipynb #4353ad46
 def law_tables(points: pd.DataFrame, asked: Law, seed: int) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     "Tables law, law_fit, law_heldout and law_recommendation; and, by domain, general and recommendation, why one is not there."
     fits, why, tables = {}, {}, {"law": [], "law_fit": [], "law_heldout": []}
@@ -277,4 +280,5 @@ def _recommendation(points: pd.DataFrame, fits: dict[str, law.Law], asked: Law) 
     general = points[points["text"] == "general"]
     start, tokens = general.loc[general["tokens"] == 0, "loss"].mean(), float(general["tokens"].max())
     most = start * (1 + asked.tolerance)
-    return dict(tokens=tokens, loss_at_start=start, tolerance=asked.tolerance, loss_allowed=most) | law.recommend(fits["domain"], fits["general"], sorted(general["share"].unique()), tokens, most)
+    found = law.recommend(fits["domain"], fits["general"], sorted(general["share"].unique()), tokens, most)
+    return dict(tokens=tokens, loss_at_start=start, tolerance=asked.tolerance, loss_allowed=most) | found

@@ -42,6 +42,7 @@ def turn(stage: Stage) -> Iterator[None]:
         while not stage.complete and _busy(stage): time.sleep(1)
         yield
 
+# %% ../nbs/70_study.ipynb #cf428082
 LAST = "evaluate"
 
 def walk(params: Params, until: str = LAST) -> None:
@@ -90,9 +91,10 @@ def process(folder: str, arm: str, until: str) -> None:
 def _start(folder: Path, arm: str, until: str, threads: int | None, log) -> subprocess.Popen:
     "A process that walks an arm; it is stopped with this one."
     told = f"from domain_adapt.study import process; process({str(folder)!r}, {arm!r}, {until!r})"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", told], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT if log else None,
-                            start_new_session=True, preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGTERM, parent))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if threads: env |= {"OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", told], env=env, stdin=subprocess.DEVNULL, stdout=log,
+                            stderr=subprocess.STDOUT if log else None, start_new_session=True, preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGTERM, parent))
 
 # %% ../nbs/70_study.ipynb #e5d0692e
 CORES, SPARE = 4, 1.5
@@ -131,7 +133,8 @@ def here(grid: Grid, todo: list[str], number: int, until: str = LAST) -> None:
 def _ended(folder: Path, arm: str, child: subprocess.Popen) -> None:
     "See to it that an arm whose process died says so."
     if child.returncode and not _note(folder, arm).exists():
-        write_json(_note(folder, arm), dict(ended="failed", error=f"its process ended with code {child.returncode}; if the kernel killed it, memory ran out: set parallel lower"))
+        why = f"its process ended with code {child.returncode}; if the kernel killed it, memory ran out: set parallel lower"
+        write_json(_note(folder, arm), dict(ended="failed", error=why))
 
 # %% ../nbs/70_study.ipynb #3395554d
 def on_slurm(grid: Grid, names: list[str], until: str = LAST) -> None:
@@ -183,6 +186,7 @@ def _failures(grid: Grid, todo: list[str]) -> dict[str, str]:
     "Why arms are not there, by name."
     return {a: told.get("error", "it was not finished") for a in todo if (told := _told(grid, a)).get("ended") != "done"}
 
+# %% ../nbs/70_study.ipynb #4b3edfc4
 def run_study(path: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     """Run every arm of the study in a YAML file that is not done, and write its page; gives the page. Raises `UserError` where
     no arm ends well and, with the page written, where one does not; KeyboardInterrupt where it was stopped."""

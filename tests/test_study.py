@@ -25,7 +25,7 @@ from domain_adapt.params import UserError, load_params
 from domain_adapt.summary import measures
 from domain_adapt.runs import Run
 from domain_adapt.study import problems, shared
-from domain_adapt.study_page import Found, build, page, words
+from domain_adapt.study_page import Found, build, words
 
 PRESETS = sorted((ROOT / "params/studies").glob("*.yaml"))
 QUICK = load_params(ROOT / "params/quickstart.yaml")
