@@ -17,8 +17,7 @@ LONGEST = 80
 
 def private_folder() -> Path:
     "A new folder that only its owner may enter, with a path short enough for sockets in it. Raises `UserError`."
-    places = [p for p in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")
-              if p and len(os.fsencode(p)) <= LONGEST - 10 and os.access(p, os.W_OK | os.X_OK)]
+    places = [p for p in (tempfile.gettempdir(), "/tmp") if len(os.fsencode(p)) <= LONGEST - 10 and os.access(p, os.W_OK | os.X_OK)]
     if not places: raise UserError("no folder for a kernel's sockets: point TMPDIR to one that is writable, with a path of at most "
                                    f"{LONGEST - 10} bytes")
     return Path(tempfile.mkdtemp(prefix="kernel-", dir=places[0]))
@@ -26,15 +25,18 @@ def private_folder() -> Path:
 # %% ../nbs/03_kernel.ipynb #700b565e
 class Provisioner(LocalProvisioner):
     "Starts a kernel on this machine whose sockets are files in a folder of its own, which goes when the kernel does."
+    folder: Path | None = None
+
     async def pre_launch(self, **kwargs):
         manager = self.parent
         if manager.transport == "tcp":
-            manager.cache_ports, manager.transport, manager.ip = False, "ipc", str(private_folder() / "k")
+            self.folder = private_folder()
+            manager.cache_ports, manager.transport, manager.ip = False, "ipc", str(self.folder / "k")
         return await super().pre_launch(**kwargs)
 
     async def cleanup(self, restart: bool = False) -> None:
         await super().cleanup(restart)
-        if not restart and self.parent.transport == "ipc": shutil.rmtree(Path(self.parent.ip).parent, ignore_errors=True)
+        if self.folder and not restart: shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../nbs/03_kernel.ipynb #64cd4609
 def _over_files(thread: type) -> type:
@@ -64,7 +66,8 @@ def pack(message: dict) -> bytes:
 
 def launch() -> None:
     "Be a kernel."
-    from ipykernel import kernelapp
+    from ipykernel import debugger, kernelapp
+    debugger._is_debugpy_available = False
     kernelapp.IOPubThread = _over_files(kernelapp.IOPubThread)
     kernelapp.launch_new_instance([*sys.argv[1:], "--Session.packer=domain_adapt.kernel.pack"])
 
@@ -75,7 +78,7 @@ def describe(prefix: str | Path = sys.prefix) -> Path:
     from domain_adapt.runs import write_json
     argv = ["python", "-P", "-m", "domain_adapt.kernel", "-f", "{connection_file}"]
     kernel = get_kernel_dict() | {"argv": argv}
-    kernel["metadata"] = kernel["metadata"] | {"kernel_provisioner": {"provisioner_name": "domain-adapt"}}
+    kernel["metadata"] |= {"debugger": False, "kernel_provisioner": {"provisioner_name": "domain-adapt"}}
     path = Path(prefix) / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
     write_json(path, kernel)
     return path

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
-from jupyter_client.manager import start_new_kernel
+from jupyter_client.manager import KernelManager, start_new_kernel
 
 from domain_adapt import kernel as ours
 from domain_adapt.params import UserError
@@ -86,19 +87,33 @@ def test_papermill_alone_opens_no_port(tmp_path):
     assert ports == 0 and not Path(sockets[0]).parent.exists()
 
 
+def test_no_debugger_opens_a_port(kernel):
+    manager, client = kernel
+    assert "debugger" not in client.kernel_info(reply=True, timeout=60)["content"]["supported_features"]
+    start = dict(type="request", seq=1, command="initialize", arguments=dict(adapterID="python", pathFormat="path"))
+    client.control_channel.send(client.session.msg("debug_request", start))
+    while client.get_control_msg(timeout=60)["msg_type"] != "debug_reply": pass
+    assert not psutil.Process(manager.provisioner.pid).net_connections("inet")
+
+
+@pytest.mark.fault
+def test_folders_that_are_not_the_kernel_s_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    manager = KernelManager(kernel_name="python3", transport="ipc")
+    manager.start_kernel()
+    manager.shutdown_kernel(now=True)
+    assert Path(manager.ip).parent.resolve() == tmp_path    # Jupyter's default is the current folder
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_a_folder_is_short_whatever_the_environment_says(tmp_path, monkeypatch):
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     folder = ours.private_folder()
     try: assert folder.parent == Path("/tmp") and len(str(folder / "k-2-pipe")) <= 107
     finally: folder.rmdir()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/no/such/folder")
-    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
-    folder = ours.private_folder()
-    assert folder.parent == Path("/tmp")
-    folder.rmdir()
 
 
 def test_without_any_folder_it_says_so(monkeypatch):
