@@ -42,7 +42,7 @@ def turn(stage: Stage) -> Iterator[None]:
         while not stage.complete and _busy(stage): time.sleep(1)
         yield
 
-# %% ../nbs/70_study.ipynb #cf428082
+# %% ../nbs/70_study.ipynb #3ee38eb7
 LAST = "evaluate"
 
 def walk(params: Params, until: str = LAST) -> None:
@@ -94,7 +94,8 @@ def _start(folder: Path, arm: str, until: str, threads: int | None, log) -> subp
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if threads: env |= {"OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", told], env=env, stdin=subprocess.DEVNULL, stdout=log,
-                            stderr=subprocess.STDOUT if log else None, start_new_session=True, preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGTERM, parent))
+                            stderr=subprocess.STDOUT if log else None, start_new_session=True,
+                            preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGTERM, parent))
 
 # %% ../nbs/70_study.ipynb #e5d0692e
 CORES, SPARE = 4, 1.5
@@ -186,7 +187,7 @@ def _failures(grid: Grid, todo: list[str]) -> dict[str, str]:
     "Why arms are not there, by name."
     return {a: told.get("error", "it was not finished") for a in todo if (told := _told(grid, a)).get("ended") != "done"}
 
-# %% ../nbs/70_study.ipynb #4b3edfc4
+# %% ../nbs/70_study.ipynb #8d54f771
 def run_study(path: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     """Run every arm of the study in a YAML file that is not done, and write its page; gives the page. Raises `UserError` where
     no arm ends well and, with the page written, where one does not; KeyboardInterrupt where it was stopped."""

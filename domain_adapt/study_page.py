@@ -131,7 +131,7 @@ def law_lines(table: pd.DataFrame, foretold: pd.DataFrame | None = None, width: 
     _key(fig, *axes[0].get_legend_handles_labels())
     return fig
 
-# %% ../nbs/65_study_page.ipynb #a459e00d
+# %% ../nbs/65_study_page.ipynb #4eadea07
 @drawing
 def price(table: pd.DataFrame, width: float = 7.4) -> Figure:
     "Domain gain added from arm to arm, over minutes of training and over 10¹⁵ operations. `table`: `marginal.csv`."
@@ -164,7 +164,7 @@ class Found:
     @property
     def contrasts(self) -> pd.DataFrame: return self.tables["contrasts"]
 
-# %% ../nbs/65_study_page.ipynb #ddb3df7b
+# %% ../nbs/65_study_page.ipynb #1962a616
 SPACE = "\N{NO-BREAK SPACE}"
 
 def _many(n: int, what: str) -> str: return f"{n:,} {what}{'s' * (n != 1)}"
@@ -245,7 +245,7 @@ def _recommended(found: Found) -> str:
     return (f"{limit[0].upper()}{limit[1:]}, the law recommends a share of general text of {share} for {human(r.tokens)} tokens; "
             f"{r.possible * 100:.0f}{SPACE}% of the draws find one.{edge}")
 
-# %% ../nbs/65_study_page.ipynb #3216875c
+# %% ../nbs/65_study_page.ipynb #d3689b05
 def _outside(found: Found) -> str:
     "What the law cannot say: without any general text it has the general loss stand still, and it may rise nowhere."
     p = found.tables["law_points"]
@@ -268,7 +268,8 @@ def _replay(found: Found) -> list[str]:
     smallest = f" The smallest share is {few[0]} sequences ({few[1]})." if few else ""
     return [f"Replay alone, against no replay: {both(found, 'replay alone')}. Merging on top of "
             f"replay: {both(found, 'merge on top of replay')}. Replay on top of the merge: {both(found, 'replay on top of the merge')}.",
-            f"Are they synergistic? What the merge changes with replay, less what it changes without: {both(found, 'synergy', TOGETHER)}.{smallest}", _law(found)]
+            f"Are they synergistic? What the merge changes with replay, less what it changes without: "
+            f"{both(found, 'synergy', TOGETHER)}.{smallest}", _law(found)]
 
 def _methods(found: Found) -> list[str]:
     first, none = next(iter(found.results)), [a for a, r in found.results.items() if r.merge is None]
@@ -283,7 +284,7 @@ def _checkpoints(found: Found) -> list[str]:
     return [f"From each checkpoint's merge to the next one's: {both(found, 'merge against the one before')}.",
             f"Each merge against its own checkpoint: {both(found, 'merge against its checkpoint')}."]
 
-# %% ../nbs/65_study_page.ipynb #db442ec5
+# %% ../nbs/65_study_page.ipynb #6834ff89
 def _scale(found: Found) -> list[str]:
     t, said = found.tables["marginal"], []
     for v, (name, *_) in LOOKS.items():
@@ -320,7 +321,7 @@ def plates(found: Found) -> list[Plate]:
              ("marginal", "Gain for its price", price), ("law_fit", "The law", lambda table, width: law_lines(table, t.get("law_heldout"), width=width))]
     return [Plate(heading, name, draw, CAPTIONS[name], t[name]) for name, heading, draw in order if name in t and len(t[name])]
 
-# %% ../nbs/65_study_page.ipynb #04989b5c
+# %% ../nbs/65_study_page.ipynb #bc966a60
 AGAIN = """
 ## Run it again
 
@@ -338,7 +339,7 @@ def _table(heading: str, name: str, frame: pd.DataFrame, note: str = "") -> str:
     "A heading, a sentence, and a table with its CSV."
     return f"\n## {heading}\n" + raw((f"<p>{html.escape(note)}</p>" if note else "") + saved_table(name, frame, heading, len(frame) <= 14))
 
-# %% ../nbs/65_study_page.ipynb #a1e32526
+# %% ../nbs/65_study_page.ipynb #1c316cec
 def _cost_note(cost: pd.DataFrame) -> str:
     "What sharing stages saved."
     own, whole = cost.loc[~cost["shared"].astype(bool), "seconds"].sum(), cost["seconds"].sum()
