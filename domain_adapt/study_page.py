@@ -21,7 +21,7 @@ from .contrasts import (SHOWN, Result, arms_table, chooses, contrasts, costs, cu
                                     seen)
 from .figures import CARD, GRID, HEAT, MUTED, NARROW, Chart, colour, drawing, human
 from .figures import KINDS as INKS
-from .site import Plate, build_site, plate_html, publisher, raw, saved_table, table_link
+from .site import Plate, as_markdown, build_site, plain, plate_html, publisher, raw, saved_table, table_link
 from .summary import cell
 
 # %% ../nbs/65_study_page.ipynb #b5368ef8
@@ -131,7 +131,7 @@ def law_lines(table: pd.DataFrame, foretold: pd.DataFrame | None = None, width: 
     _key(fig, *axes[0].get_legend_handles_labels())
     return fig
 
-# %% ../nbs/65_study_page.ipynb #4eadea07
+# %% ../nbs/65_study_page.ipynb #f9e10f05
 @drawing
 def price(table: pd.DataFrame, width: float = 7.4) -> Figure:
     "Domain gain added from arm to arm, over minutes of training and over 10¹⁵ operations. `table`: `marginal.csv`."
@@ -164,7 +164,7 @@ class Found:
     @property
     def contrasts(self) -> pd.DataFrame: return self.tables["contrasts"]
 
-# %% ../nbs/65_study_page.ipynb #1962a616
+# %% ../nbs/65_study_page.ipynb #1540ae98
 SPACE = "\N{NO-BREAK SPACE}"
 
 def _many(n: int, what: str) -> str: return f"{n:,} {what}{'s' * (n != 1)}"
@@ -245,7 +245,7 @@ def _recommended(found: Found) -> str:
     return (f"{limit[0].upper()}{limit[1:]}, the law recommends a share of general text of {share} for {human(r.tokens)} tokens; "
             f"{r.possible * 100:.0f}{SPACE}% of the draws find one.{edge}")
 
-# %% ../nbs/65_study_page.ipynb #d3689b05
+# %% ../nbs/65_study_page.ipynb #fb1841a5
 def _outside(found: Found) -> str:
     "What the law cannot say: without any general text it has the general loss stand still, and it may rise nowhere."
     p = found.tables["law_points"]
@@ -284,7 +284,7 @@ def _checkpoints(found: Found) -> list[str]:
     return [f"From each checkpoint's merge to the next one's: {both(found, 'merge against the one before')}.",
             f"Each merge against its own checkpoint: {both(found, 'merge against its checkpoint')}."]
 
-# %% ../nbs/65_study_page.ipynb #6834ff89
+# %% ../nbs/65_study_page.ipynb #4986be20
 def _scale(found: Found) -> list[str]:
     t, said = found.tables["marginal"], []
     for v, (name, *_) in LOOKS.items():
@@ -321,7 +321,7 @@ def plates(found: Found) -> list[Plate]:
              ("marginal", "Gain for its price", price), ("law_fit", "The law", lambda table, width: law_lines(table, t.get("law_heldout"), width=width))]
     return [Plate(heading, name, draw, CAPTIONS[name], t[name]) for name, heading, draw in order if name in t and len(t[name])]
 
-# %% ../nbs/65_study_page.ipynb #bc966a60
+# %% ../nbs/65_study_page.ipynb #a7bed871
 AGAIN = """
 ## Run it again
 
@@ -339,7 +339,7 @@ def _table(heading: str, name: str, frame: pd.DataFrame, note: str = "") -> str:
     "A heading, a sentence, and a table with its CSV."
     return f"\n## {heading}\n" + raw((f"<p>{html.escape(note)}</p>" if note else "") + saved_table(name, frame, heading, len(frame) <= 14))
 
-# %% ../nbs/65_study_page.ipynb #1c316cec
+# %% ../nbs/65_study_page.ipynb #0aa13825
 def _cost_note(cost: pd.DataFrame) -> str:
     "What sharing stages saved."
     own, whole = cost.loc[~cost["shared"].astype(bool), "seconds"].sum(), cost["seconds"].sum()
@@ -349,7 +349,7 @@ def _cost_note(cost: pd.DataFrame) -> str:
 def page(found: Found) -> str:
     "The Markdown of index.html."
     study, t = found.grid.study, found.tables
-    title = " ".join((study.title or f"Study: {study.study}").replace("<", "‹").replace(">", "›").split())
+    title = as_markdown(plain(study.title or f"Study: {study.study}"))
     said = "".join(f'<p class="lede">{html.escape(p)}</p>' for p in words(found) if p)
     lost = "".join(f"<p><b>Arm {html.escape(a)} failed</b> and is not on this page: {html.escape(why)}</p>" for a, why in found.failed.items())
     part = [f"# {title}\n", raw(said + lost)]

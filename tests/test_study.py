@@ -262,6 +262,7 @@ def test_the_page_says_what_its_tables_say(site):
 def test_the_page_is_safe_whole_and_asks_nobody(site):
     tree = lxml.html.parse(site / "index.html")
     whole = (site / "index.html").read_text()
+    assert tree.find(".//h1").text == "Made ‹b›up‹/b› & *so*"
     assert "Arm lost failed" in tree.getroot().text_content() and NASTY in " ".join(tree.getroot().text_content().split())
     assert "<script>alert" not in whole and str(ROOT) not in whole and str(ROOT) not in (site / "tables/arms.csv").read_text()
     assert all(s.get("aria-label") for s in tree.iterfind(".//svg[@role='img']")) and len(tree.findall(".//figure")) == 2
