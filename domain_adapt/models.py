@@ -8,7 +8,7 @@ __all__ = ['TOKENIZER_FILES', 'PICKLED', 'PACKAGED', 'check_folder', 'get_model'
 
 # %% ../nbs/04_models.ipynb #3abd16ff
 import ctypes, functools, hashlib, json, os, platform, re, time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from .assets import ASSETS, cached, resolve
 from .params import UserError
@@ -116,12 +116,17 @@ def load_tokenizer(folder: str | Path):
     if not tokenizer.is_fast: raise UserError(f"{folder}: its tokenizer has no fast form (tokenizer.json)")
     return tokenizer
 
+def _bar(theirs: Callable, args: tuple, kwargs: dict):
+    return progress(*args, description=kwargs["desc"]) if len(args) == 1 and [*kwargs] == ["desc"] else theirs(*args, **kwargs)
+
 def load_model(folder: str | Path, dtype: str, spread: bool = False):
     """The model of an HF folder in evaluation mode, `dtype` being bf16 or fp32; with `spread` accelerate lays it over the GPUs
     that there are. Raises `UserError`."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import set_tqdm_hook
     check_folder(Path(folder), str(folder))
+    set_tqdm_hook(_bar)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], attn_implementation="sdpa",

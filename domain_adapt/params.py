@@ -21,7 +21,7 @@ from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fi
 
 # %% ../nbs/00_params.ipynb #0e66ff26
 SECRET = re.compile("(SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS|KEY)$", re.I)
-LOGIN = re.compile(r"""(://)[^/\s:@"'\\<>]*:(?!\d+/)[^/\s@"'\\<>]+@""")
+LOGIN = re.compile(r"""(://)[^/?#\s"'\\<>]+@""")
 QUERY = re.compile(r"""([?&;](?:[\w-]*[_-])?(?:token|secret|password|passwd|signature|credential|sig|key|apikey)=)[^&\s"'\\<>]+""", re.I)
 
 def hidden(text: str) -> str:
@@ -428,12 +428,16 @@ def _address(url: str) -> str:
     except ValueError as e: raise ValueError(f"is no address: {e}") from None
     return url.rstrip("/")
 
+def _of_a_secret(name: str) -> str:
+    if SECRET.search(name): return name
+    raise ValueError("must end in KEY, TOKEN, SECRET or PASSWORD: what a variable of such a name holds is kept out of notebooks and logs")
+
 class Endpoint(Strict):
     """A model behind `url`/chat/completions. `key_env` names the environment variable with its key, `request` is
     what else is asked of it, `timeout` is in seconds."""
     url: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$"), AfterValidator(_address)]
     model: str
-    key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None = None
+    key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$"), AfterValidator(_of_a_secret)] | None = None
     request: dict[str, Any] = {"temperature": 0, "max_tokens": 300}
     timeout: Positive = 120.0
 

@@ -455,7 +455,8 @@ class Finished(Stage):
     def copy_out(self, address: str | None) -> None: pass
 
 def finished(name: str, run: str) -> Finished:
-    "The stage called `name` of the finished run called `run`. Raises `UserError` where there is none."
+    "The stage called `name` of the finished run called `run`, or made with the YAML at `run`. Raises `UserError` where there is none."
+    if run.endswith((".yaml", ".yml")): run = load_params(local_path(run) or run).run
     folder = outputs() / run
     if not (folder / "params.yaml").is_file():
         there = ", ".join(sorted(p.parent.name for p in outputs().glob("*/params.yaml"))) or "none"

@@ -136,3 +136,11 @@ def test_the_bars_of_a_cell_are_one_display_that_is_empty_in_the_end():
     assert [k for k in kinds if k == "display_data"] == ["display_data"] == [kinds[0]]
     assert len({c["transient"]["display_id"] for c in contents}) == 1
     assert any(re.search(r"outer:\s+\d+%.*\d+/300.*\ninner:.*/5", t) for t in texts) and texts[-1] == ""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_executed_notebook_keeps_no_bar(tiny_run, stage):
+    notebook = nbformat.read(tiny_run / "tiny/notebooks" / notebook_path(stage).name, 4)
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    assert outputs and "widgets" not in notebook.metadata
+    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {}) or "%|" in o.get("text", "")]

@@ -102,7 +102,7 @@ def test_what_was_answered_is_not_asked_again(server, tmp_path):
     pd.testing.assert_frame_equal(first, again)
     questions(held_out(), endpoint(server, model="writer-2"), 6, tmp_path / "c")
     assert len(server.log) == 12
-    questions(held_out(), endpoint(server, timeout=20, key_env="OTHER"), 6, tmp_path / "d")
+    questions(held_out(), endpoint(server, timeout=20, key_env="OTHER_KEY"), 6, tmp_path / "d")
     assert len(server.log) == 12
 
 
