@@ -52,9 +52,8 @@ def chooses(params: Params) -> bool:
 
 def result(run: Run, both_halves: bool) -> Result:
     "What a finished arm measured; with `both_halves` on all blocks, else on those that nothing was chosen on."
-    from domain_adapt.benchmarks import read_blocks
     folders, params = {n: run.stage(n).folder for n in DONE}, run.params
-    blocks = read_blocks(folders["evaluate"] / "blocks.csv")
+    blocks = stats.read_blocks(folders["evaluate"] / "blocks.csv")
     if not both_halves: blocks = blocks[blocks["half"] == "report"]
     chosen = json.loads((folders["merge"] / "selection.json").read_text())
     names = [f"merge:{n}" for n in (chosen["winner"], *chosen["kept"]) if f"merge:{n}" in set(blocks["variant"])]
