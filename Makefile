@@ -4,6 +4,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PARAMS ?= params/quickstart.yaml
 BIN := .venv/bin
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+SLOW := { print } $$2 > 60 { print "error: " $$1 " takes over a minute beside another; alone it is to take 30 s"; slow = 1 } END { exit slow }
 
 .PHONY: report test lab bench
 report: .venv
@@ -11,7 +14,7 @@ report: .venv
 
 test: .venv
 	@bash tests/notebooks_agree.sh
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^(stages|[._].*)$$'
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^(stages|[._].*)$$' --timing | awk '$(SLOW)'
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lab: .venv
