@@ -340,15 +340,16 @@ def tree_of(child: subprocess.Popen) -> list[psutil.Process]: return [psutil.Pro
 
 @pytest.mark.fault
 @pytest.mark.slow
-@pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
-def test_a_killed_study_goes_on_where_it_stopped(tmp_path, cli, how, code):
+def test_a_killed_study_goes_on_where_it_stopped(tmp_path, cli):
+    "Stopped in three ways at three stages, then left alone."
     file, outputs = written(tmp_path, kind="merge_methods", arms=METHODS), tmp_path / "outputs"
-    child = started(file, outputs, "train")
-    below = tree_of(child)
-    child.send_signal(how)
-    said = child.communicate(timeout=120)[0]
-    assert child.returncode == code and "Traceback" not in said, said
-    assert not psutil.wait_procs(below, timeout=30)[1], "a process outlived the study"
+    for how, code, stage in (signal.SIGINT, 130, "ingest"), (signal.SIGTERM, 130, "tokens"), (signal.SIGKILL, -9, "train"):
+        child = started(file, outputs, stage)
+        below = tree_of(child)
+        child.send_signal(how)
+        said = child.communicate(timeout=120)[0]
+        assert child.returncode == code and "Traceback" not in said, said
+        assert not psutil.wait_procs(below, timeout=30)[1], "a process outlived the study"
     kept = {p: p.stat().st_mtime_ns for s in ("ingest", "tokens") for f in folders(outputs, s) for p in f.rglob("*")}
     after = cli("study", file, env=at(outputs), timeout=1800)
     assert after.returncode == 0 and (outputs / "small/index.html").is_file(), after.stdout + after.stderr
