@@ -33,7 +33,9 @@ def fold(summary: str, content: str, opened: bool = False) -> str:
     "Content behind a line that opens it."
     return f'<details class="fold"{" open" if opened else ""}><summary>{summary}</summary>{content}</details>'
 
-def table_link(name: str) -> str: return f'<a href="tables/{name}.csv" download>{name}.csv</a>'
+def table_link(name: str) -> str:
+    "A link to the CSV of the saved table `name`."
+    return f'<a href="tables/{name}.csv" download>{name}.csv</a>'
 
 MOST = 200
 
@@ -61,7 +63,9 @@ def as_markdown(text: str) -> str:
     "Markdown that shows exactly `text`."
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
 
-def raw(content: str) -> str: return f"\n``````{{raw}} html\n{content}\n``````\n"
+def raw(content: str) -> str:
+    "HTML as a block of Markdown that is passed on as it is."
+    return f"\n``````{{raw}} html\n{content}\n``````\n"
 
 # %% ../nbs/64_site.ipynb #0cb9f6a9
 def _strings(x) -> list[str]:
@@ -226,11 +230,12 @@ for (const box of document.querySelectorAll(".rows")) {
 """
 
 # %% ../nbs/64_site.ipynb #435bcfac
+_icons = re.compile(r'<script defer src="[^"]*/fontawesome\.js[^"]*"></script>')    # the style sheet draws them too
 _plain_marks = re.compile(r'<span class="(?:n|o|p|w)">([^<]*)</span>')    # code in the ink of the text: two of three marks
 
 def _mended(page: str) -> str:
-    "A page without marks that change nothing, and with a name for the theme's nameless folds."
-    return _plain_marks.sub(r"\1", page).replace('<summary><span class="toctree-toggle"', '<summary aria-label="pages of this part"><span class="toctree-toggle"')
+    "A page without marks and a script that change nothing, and with a name for the theme's nameless folds."
+    return _plain_marks.sub(r"\1", _icons.sub("", page)).replace('<summary><span class="toctree-toggle"', '<summary aria-label="pages of this part"><span class="toctree-toggle"')
 
 def build_site(title: str, pages: dict[str, str], extra: dict[str, str], out: Path) -> None:
     "Build `pages` (file name to source, .md or .ipynb) and `extra` files into the site at `out`."
@@ -244,6 +249,6 @@ def build_site(title: str, pages: dict[str, str], extra: dict[str, str], out: Pa
         said = done.stderr.replace(f"{source}/", "").strip()
         if done.returncode: raise RuntimeError(f"sphinx could not build the report: {said}")
         if said: print(said)
-        unused = shutil.ignore_patterns("*.map", ".buildinfo", "objects.inv", "_sources", "locales", "*webpack-macros.html")
+        unused = shutil.ignore_patterns("*.map", ".buildinfo", "objects.inv", "_sources", "locales", "*webpack-macros.html", "fontawesome.js*")
         for page in site.rglob("*.html"): page.write_text(_mended(page.read_text(encoding="utf-8")), encoding="utf-8")
         shutil.copytree(site, out, ignore=unused, dirs_exist_ok=True)

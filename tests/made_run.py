@@ -1,7 +1,7 @@
 """A finished run made up for the tests: invented numbers under the contract's columns, never a result.
 
-`make(root)` writes the folders of stages 1 to 5 and their executed notebooks, whose tables and figures are
-drawn by the cells of the real stage notebooks.
+`make(root)` writes the folders of stages 1 to 5 and, with `books`, their executed notebooks, whose tables and
+figures are drawn by the cells of the real stage notebooks.
 """
 import ast, atexit, functools, gzip, hashlib, json, shutil, tempfile
 from pathlib import Path
@@ -281,7 +281,7 @@ def _record(stage: str, folder: Path) -> None:
                                            environment=dict(python="3.11"), code={}, files=files))
 
 
-def make(root: Path, title: str = "A made-up run") -> tuple[Params, dict[str, Path]]:
+def make(root: Path, title: str = "A made-up run", books: bool = True) -> tuple[Params, dict[str, Path]]:
     "Folders of a finished run below `root`, all but the report."
     p, rng = params(title), np.random.default_rng(0)
     folders = {s: root / f"{i}_{s}" for i, s in enumerate(STAGES, 1)} | {"run": root,
@@ -305,7 +305,7 @@ def make(root: Path, title: str = "A made-up run") -> tuple[Params, dict[str, Pa
         write_csv(folders["evaluate"] / f"{name}.csv", table)
     _evaluated(folders["evaluate"], scores)
     for s in STAGES[:-1]: _record(s, folders[s])
-    for i, s in enumerate(STAGES[:-1], 1):
+    for i, s in enumerate(STAGES[:-1] if books else (), 1):
         stage = SimpleNamespace(folder=folders[s], folders=folders, params=p, copy_out=lambda address: None)
         write_text(folders["notebooks"] / f"{i}_{s}.ipynb",
                    nbformat.writes(notebook(ROOT / "nbs" / "stages" / f"{i}_{s}.ipynb", stage)))
