@@ -23,8 +23,7 @@ def interval(drawn: np.ndarray) -> dict[str, float | None] | None:
     low, high = (float(x) if np.isfinite(x) else None for x in stats.interval(drawn))
     return {"value": float(drawn[0]), "low": low, "high": high} if np.isfinite(drawn[0]) else None
 
-def measures(bits: dict[str, dict[str, np.ndarray]],
-             kinds: dict[str, str]) -> dict[str, dict[str, np.ndarray]]:
+def measures(bits: dict[str, dict[str, np.ndarray]], kinds: dict[str, str]) -> dict[str, dict[str, np.ndarray]]:
     "Every measure of every variant as draws; means over corpora of a kind, changes in % of the original."
     domain = [b for c, b in bits.items() if kinds.get(c) == "domain"]
     general = [b for c, b in bits.items() if kinds.get(c) == "general"]
@@ -34,8 +33,7 @@ def measures(bits: dict[str, dict[str, np.ndarray]],
     d, a = one(lambda v: mean([b[v] for b in domain])), one(lambda v: mean([b[v] for b in general]))
     return {"domain_bits_per_byte": d, "general_bits_per_byte": a,
             "gain_percent": one(lambda v: mean([(1 - b[v] / b["original"]) * 100 for b in domain])),
-            "general_change_percent": one(lambda v: mean([(b[v] / b["original"] - 1) * 100
-                                                          for b in general])),
+            "general_change_percent": one(lambda v: mean([(b[v] / b["original"] - 1) * 100 for b in general])),
             "forgetting": one(lambda v: mean([np.maximum(0, b[v] - b["original"]) for b in general])),
             "retention": one(lambda v: stats.retention(-d["original"], -d["cpt"], -d[v])),
             "recovery": one(lambda v: stats.recovery(-a["original"], -a["cpt"], -a[v]))}
@@ -51,8 +49,7 @@ def effects(blocks: pd.DataFrame, kinds: dict[str, str], seed: int) -> pd.DataFr
 def tradeoff_table(gain: dict[str, dict | None], change: dict[str, dict | None]) -> pd.DataFrame:
     "Gain and forgetting (%) of each variant with 95 % intervals, and whether it is on the front."
     rows = [[v, *gain[v].values(), *change[v].values()] for v in gain if gain[v] and change[v]]
-    table = pd.DataFrame(rows, columns=["variant", "gain", "gain_low", "gain_high", "forgetting",
-                                        "forgetting_low", "forgetting_high"])
+    table = pd.DataFrame(rows, columns=["variant", "gain", "gain_low", "gain_high", "forgetting", "forgetting_low", "forgetting_high"])
     return table.assign(on_front=figures.front(table["gain"], table["forgetting"]) if rows else False)
 
 # %% ../nbs/61_summary.ipynb #40f8fafd
@@ -65,30 +62,26 @@ def _json(path: Path) -> dict: return json.loads(path.read_text(encoding="utf-8"
 
 def read_tables(folders: dict[str, Path]) -> dict[str, pd.DataFrame]:
     "Every table that the stages saved, by name; those a run does not have are absent."
-    found = {n: folders[s] / f"{n}.csv" for n,
-             s in TABLES.items()} | {"mixture": folders["train"] / "mixture.csv"}
+    found = {n: folders[s] / f"{n}.csv" for n, s in TABLES.items()} | {"mixture": folders["train"] / "mixture.csv"}
     if not found["mixture"].is_file(): found["mixture"] = folders["tokens"] / "mixture.csv"
     tables = {n: pd.read_csv(p) for n, p in found.items() if p.is_file() and p.stat().st_size > 1}
-    if (metrics := folders["train"] / "metrics.jsonl").is_file(): tables["metrics"] = pd.read_json(metrics,
-                                                                                                   lines=True)
+    if (metrics := folders["train"] / "metrics.jsonl").is_file(): tables["metrics"] = pd.read_json(metrics, lines=True)
     return {n: t for n, t in tables.items() if len(t)}
 
 # %% ../nbs/61_summary.ipynb #7356fe47
 def _heldout(blocks: pd.DataFrame, kinds: dict[str, str]) -> dict[str, dict]:
     "What was measured of each corpus: documents, blocks, tokens and bytes of one variant."
     one = blocks[blocks["variant"] == blocks["variant"].iloc[0]]
-    sums = {c: dict(kind=kinds[c], documents=int(b["document"].nunique()), blocks=len(b),
-                    tokens=int(b["tokens"].sum()),
-                    bytes=int(b["bytes"].sum())) for c, b in one.groupby("corpus", sort=False) if c in kinds}
+    sums = {c: dict(kind=kinds[c], documents=int(b["document"].nunique()), blocks=len(b), tokens=int(b["tokens"].sum()), bytes=int(b["bytes"].sum()))
+            for c, b in one.groupby("corpus", sort=False) if c in kinds}
     return {c: h | {"intervals": stats.unit_label(h["documents"])} for c, h in sums.items()}
 
 def _scores(benchmarks: pd.DataFrame | None) -> dict[str, dict]:
     "Scores with intervals and n, by variant and task."
     found: dict[str, dict] = {}
     for _, r in (figures.main_metric(benchmarks) if benchmarks is not None else pd.DataFrame()).iterrows():
-        found.setdefault(r["variant"], {})[r["task"]] = dict(metric=r["metric"], value=float(r["value"]),
-                                                             low=float(r["ci_low"]),
-                                                             high=float(r["ci_high"]), n=int(r["n"]))
+        score = dict(metric=r["metric"], value=float(r["value"]), low=float(r["ci_low"]), high=float(r["ci_high"]), n=int(r["n"]))
+        found.setdefault(r["variant"], {})[r["task"]] = score
     return found
 
 # %% ../nbs/61_summary.ipynb #496f698f
@@ -99,23 +92,19 @@ def summarise(params: Params, folders: dict[str, Path], tables: dict[str, pd.Dat
     chosen, info = _json(folders["merge"] / "selection.json"), _json(folders["train"] / "info.json")
     metrics = tables.get("metrics")
     every = {name: {v: interval(x) for v, x in by.items()} for name, by in measures(bits, kinds).items()}
-    lost = {v: {c: interval(b[v] - b["original"]) for c, b in bits.items() if kinds.get(c) == "general"}
-            | {"mean": every["forgetting"][v]}
-            for v in every["forgetting"]}
+    lost = {v: {c: interval(b[v] - b["original"]) for c, b in bits.items() if kinds.get(c) == "general"} | {"mean": mean}
+            for v, mean in every["forgetting"].items()}
     dtypes = sorted(set(tables["perplexity"]["dtype"].dropna())) if "perplexity" in tables else []
     trade = tradeoff_table(every["gain_percent"], every["general_change_percent"])
-    return {"run": params.run, "title": params.report.title, "model": params.model, "base": params.base,
-            "seed": params.seed,
+    return {"run": params.run, "title": params.report.title, "model": params.model, "base": params.base, "seed": params.seed,
             "tokens_trained": int(metrics["tokens"].max()) if metrics is not None else None,
             "steps": int(metrics["step"].max()) if metrics is not None else None,
             "replay": params.tokens.replay,
             "precision": {"train": info.get("precision"), "evaluate": ", ".join(dtypes) or None},
-            "domain": [c for c in bits if kinds.get(c) == "domain"], "heldout": _heldout(blocks, kinds), **every,
-            "forgetting": lost,
-            "on_front": trade.loc[trade["on_front"], "variant"].tolist(), "winner": chosen.get("winner")
-            and _variant(chosen["winner"]),
-            "rule": chosen.get("rule"), "outcome": chosen.get("outcome"), "notes": chosen.get("notes", {}), "failed": chosen.get("failed", {}), "scored_on": chosen.get("scored_on", {}),
-            "benchmarks": _scores(tables.get("benchmarks")), "versions": environment()}
+            "domain": [c for c in bits if kinds.get(c) == "domain"], "heldout": _heldout(blocks, kinds), **every, "forgetting": lost,
+            "on_front": trade.loc[trade["on_front"], "variant"].tolist(), "winner": chosen.get("winner") and _variant(chosen["winner"]),
+            "rule": chosen.get("rule"), "outcome": chosen.get("outcome"), "notes": chosen.get("notes", {}), "failed": chosen.get("failed", {}),
+            "scored_on": chosen.get("scored_on", {}), "benchmarks": _scores(tables.get("benchmarks")), "versions": environment()}
 
 def _variant(name: str) -> str:
     "A variant's full name; candidates are known by their bare names."
@@ -202,9 +191,7 @@ def headline(summary: dict) -> pd.DataFrame:
         change, first = summary["general_change_percent"][v], v == "original"
         rows.append({"variant": v + (" ★" if v == summary["winner"] else ""),
                      "domain bits per byte": cell(summary["domain_bits_per_byte"][v], ".3f", ""),
-                     "domain gain %": "–" if first else cell(gain, unit=""), "domain": "–" if first
-                     else told(gain),
+                     "domain gain %": "–" if first else cell(gain, unit=""), "domain": "–" if first else told(gain),
                      "general bits per byte": cell(summary["general_bits_per_byte"][v], ".3f", ""),
-                     "general change %": "–" if first else cell(change, unit=""), "general": "–" if first
-                     else told(change, True)})
+                     "general change %": "–" if first else cell(change, unit=""), "general": "–" if first else told(change, True)})
     return pd.DataFrame(rows)
