@@ -189,12 +189,12 @@ def arms_table(grid: Grid, results: dict[str, Result], failed: dict[str, str], c
         p, r = grid.runs[arm.name], results.get(arm.name)
         mine = cost[cost["arm"] == arm.name]
         config = configuration(p.model)
-        rows.append(dict(arm=arm.name, run=p.run, ended="done" if r else "failed", changes=json.dumps(arm.set), model=p.model,
-                         parameters=parameters(shape_of(config))["total"] if config else None, tokens=tokens_asked(p), steps=p.train.steps,
-                         replay_asked=p.tokens.replay, replay_drawn=_drawn(r) if r else np.nan, flops=flops(p),
+        rows.append(dict(arm=arm.name, run=p.run, ended="done" if r else "failed", merge=(r.merge or "none was kept").removeprefix("merge:") if r else "",
+                         tokens=tokens_asked(p), steps=p.train.steps, replay_asked=p.tokens.replay, replay_drawn=_drawn(r) if r else np.nan, flops=flops(p),
                          train_seconds=mine.loc[mine["stage"] == "train", "seconds"].sum() if r else np.nan,
                          seconds=mine["seconds"].sum() if r else np.nan, own_seconds=mine.loc[~mine["shared"].astype(bool), "seconds"].sum() if r else np.nan,
-                         merge=(r.merge or "none was kept").removeprefix("merge:") if r else "", error=failed.get(arm.name, "")))
+                         model=p.model, parameters=parameters(shape_of(config))["total"] if config else None, changes=json.dumps(arm.set),
+                         error=failed.get(arm.name, "")))
     return pd.DataFrame(rows)
 
 # %% ../nbs/64_contrasts.ipynb #4582d027
