@@ -61,7 +61,7 @@ def step_done(out: Path) -> int:
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 def work_command(out: Path) -> str:
-    "The Python that each process runs."
+    "The Python that each process runs, as a program for `python -c`."
     return f"from domain_adapt.train import work; work({str(out / 'job.json')!r})"
 
 def _torchrun(train: Train, out: Path) -> list[str]:
