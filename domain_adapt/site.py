@@ -171,6 +171,7 @@ html[data-theme="dark"] .bd-content div.cell_output .text_html {
     .rows.prose tr, .rows.prose td { display: block; width: 100%; text-align: left; border: 0; padding: .1rem 0; }
     .rows.prose tr { border-top: 1px solid var(--pst-color-border); padding: .5rem 0; }
     .rows.prose td:first-child { font-weight: 600; } }
+@page { margin: 16mm; }
 @media print {
     .plate, .tiles > div, tr { break-inside: avoid; }
     .bd-main .bd-content table { break-inside: auto; }
@@ -178,7 +179,7 @@ html[data-theme="dark"] .bd-content div.cell_output .text_html {
     .rows table { font-size: .7rem; width: 100%; } .rows th, .rows td { white-space: normal; padding: .15rem .25rem; position: static; }
     .csv, .copybtn, .headerlink, details.hide, .bd-header-article, .prev-next-footer { display: none !important; }
     details:not([open]).fold { color: var(--pst-color-text-muted); }
-    #jb-print-docs-body { display: none; }
+    #jb-print-docs-body { display: none !important; }
     .bd-main .bd-content .bd-article h1:first-of-type { display: block; text-align: left; } }
 """
 
