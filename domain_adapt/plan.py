@@ -421,8 +421,8 @@ def token_problems(params: Params, folder: Path) -> list[str]:
     "Whether the tokens that stage 2 counted in `folder` last for the training; none where it is not done."
     if not (folder / "stage.json").is_file(): return []
     import pandas as pd
-    from domain_adapt.mixture import too_often
-    return too_often(params, pd.read_csv(folder / "mixture.csv"))
+    from domain_adapt.mixture import mixture, too_often
+    return too_often(params, mixture(params, pd.read_csv(folder / "splits.csv")))
 
 def problems_here(params: Params) -> list[str]:
     "What is wrong with the training on this machine, beyond `problems`. Nothing is fetched."

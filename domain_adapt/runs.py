@@ -241,8 +241,8 @@ def _section(params: Params, stage: str) -> Any:
                            {k: v for k, v in p["ingest"].items() if k not in ("workers", "slurm", "copy_to", "max_failed_fraction")},
                            [fingerprint(c.path) for c in params.corpora.values() if c.path],
                            [(n, s.tasks, s.data, [fingerprint(d) for d in s.data]) for n, s in params.evaluate.suites.items() if params.ingest.decontaminate]],
-        "tokens": lambda: [p["model"], fingerprint(params.model), {n: c["heldout"] for n, c in p["corpora"].items()}, p["tokens"], p["seed"]],
-        "train": lambda: [_what_is_learnt(p["train"]), p["seed"], params.train.checkpoint and fingerprint(params.train.checkpoint)],
+        "tokens": lambda: [p["model"], fingerprint(params.model), {n: c["heldout"] for n, c in p["corpora"].items()}, p["seed"]],
+        "train": lambda: [_what_is_learnt(p["train"]), p["tokens"], p["seed"], params.train.checkpoint and fingerprint(params.train.checkpoint)],
         "merge": lambda: [p["base"], params.base and fingerprint(params.base), p["merge"], [fingerprint(m) for m in params.merge.models.values()],
                           p["seed"], evaluate["perplexity"], evaluate["precision"]],
         "evaluate": lambda: [{k: v for k, v in evaluate.items() if k not in ("workers", "slurm")}, p["seed"], [fingerprint(d) for s in params.evaluate.suites.values() for d in s.data],
@@ -393,7 +393,8 @@ class Run:
 
     def _drawing(self, name: str, key: str) -> str:
         sources = [_module_file(m) and _module_file(m).read_text() for m in sorted(DRAWING)]
-        return digest(key, _told(name), sources, name == "ingest" and self.params.ingest.copy_to)
+        return digest(key, _told(name), sources, name == "ingest" and self.params.ingest.copy_to,
+                      name == "tokens" and self.params.tokens.model_dump())
 
     def notebook_key(self, name: str) -> str:
         "Changes when a stage's result, its notebook or the figures do."

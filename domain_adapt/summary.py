@@ -53,7 +53,7 @@ def tradeoff_table(gain: dict[str, dict | None], change: dict[str, dict | None])
     return table.assign(on_front=figures.front(table["gain"], table["forgetting"]) if rows else False)
 
 # %% ../nbs/61_summary.ipynb #40f8fafd
-TABLES = {"funnel": "ingest", "dropped": "ingest", "lengths": "ingest", "mixture": "tokens", "sweep": "merge",
+TABLES = {"funnel": "ingest", "dropped": "ingest", "lengths": "ingest", "mixture": "train", "sweep": "merge",
           "seeds": "merge", "weights": "merge", "geometry": "merge", "density": "merge", "plane": "merge",
           "perplexity": "evaluate",
           "benchmarks": "evaluate", "comparisons": "evaluate", "blocks": "evaluate"}
@@ -62,8 +62,7 @@ def _json(path: Path) -> dict: return json.loads(path.read_text(encoding="utf-8"
 
 def read_tables(folders: dict[str, Path]) -> dict[str, pd.DataFrame]:
     "Every table that the stages saved, by name; those a run does not have are absent."
-    found = {n: folders[s] / f"{n}.csv" for n, s in TABLES.items()} | {"mixture": folders["train"] / "mixture.csv"}
-    if not found["mixture"].is_file(): found["mixture"] = folders["tokens"] / "mixture.csv"
+    found = {n: folders[s] / f"{n}.csv" for n, s in TABLES.items()}
     tables = {n: pd.read_csv(p) for n, p in found.items() if p.is_file() and p.stat().st_size > 1}
     if (metrics := folders["train"] / "metrics.jsonl").is_file(): tables["metrics"] = pd.read_json(metrics, lines=True)
     return {n: t for n, t in tables.items() if len(t)}

@@ -163,7 +163,7 @@ def split_documents(params: Params, documents: Path) -> dict[str, dict[str, str]
 
 # %% ../nbs/21_tokens.ipynb #996e7769
 def tokenize(params: Params, folders: dict[str, Path], out: Path) -> None:
-    """Stage 2. Writes `<corpus>_{train,heldout}.{bin,idx}`, `<corpus>_heldout.jsonl.gz`, `mixture.csv` and
+    """Stage 2. Writes `<corpus>_{train,heldout}.{bin,idx}`, `<corpus>_heldout.jsonl.gz` and
     `splits.csv` (corpus, split, documents, tokens, bytes; the splits are those of `split_documents`)."""
     model = get_model(params.model)
     encode = encoder(load_tokenizer(model), params.model)
@@ -172,7 +172,5 @@ def tokenize(params: Params, folders: dict[str, Path], out: Path) -> None:
     for name, split_of in split_documents(params, folders["ingest"] / "documents").items():
         rows += write_corpus(folders["ingest"] / "documents" / name, out / name, split_of, encode, vocabulary)
     counts = pd.DataFrame(rows)
-    blend = mixture(params, counts)
-    if not params.train.checkpoint: check_mixture(params, blend)
+    if not params.train.checkpoint: check_mixture(params, mixture(params, counts))
     write_csv(out / "splits.csv", counts)
-    write_csv(out / "mixture.csv", blend)

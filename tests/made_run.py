@@ -293,7 +293,7 @@ def make(root: Path, title: str = "A made-up run", books: bool = True) -> tuple[
     _ingest(folders["ingest"])
     mixture = pd.DataFrame([dict(corpus="sec", asked=.95, documents=2, tokens=77_824, share=.95),
                             dict(corpus="wiki", asked=.05, documents=91, tokens=4_096, share=.05)])
-    for s in ("tokens", "train"): write_csv(folders[s] / "mixture.csv", mixture)
+    write_csv(folders["train"] / "mixture.csv", mixture)
     splits = pd.DataFrame([dict(corpus=c, split=s, documents=d, tokens=d * 1000) for c in KINDS for s,
                            d in (("train", 2), ("heldout", 1))])
     write_csv(folders["tokens"] / "splits.csv", splits)

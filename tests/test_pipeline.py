@@ -20,7 +20,6 @@ from servers.hub_upload import Upload
 
 CSVS = {
     "1_ingest/funnel.csv": "corpus,step,documents,characters",
-    "2_tokens/mixture.csv": "corpus,asked,documents,tokens,share",
     "3_train/mixture.csv": "corpus,asked,documents,tokens,share",
     "4_merge/sweep.csv": "name,method,parameters,domain_bits_per_byte,general_bits_per_byte,retention,recovery,on_front",
     "5_evaluate/perplexity.csv": "variant,tokens_seen,corpus,kind,half,documents,blocks,tokens,bytes,token_perplexity,word_perplexity,"

@@ -230,9 +230,9 @@ def test_too_little_disk(tmp_path, monkeypatch):
 @pytest.mark.fault
 def test_more_tokens_asked_than_there_are(tmp_path):
     params = run_of("tiny")    # 8 x 4 x 128 = 4,096 tokens, a fifth of them general
-    table = pd.DataFrame([("sec", 0.8, 3, 3276, 0.5), ("encyclopedia", 0.2, 3, 5000, 0.5), ("news", 0.0, 0, 0, 0.0)],
-                         columns=["corpus", "asked", "documents", "tokens", "share"])
-    table.to_csv(tmp_path / "mixture.csv", index=False)
+    table = pd.DataFrame([("sec", "train", 3, 3276), ("encyclopedia", "train", 3, 5000), ("news", "train", 0, 0)],
+                         columns=["corpus", "split", "documents", "tokens"])
+    table.to_csv(tmp_path / "splits.csv", index=False)
     assert token_problems(params, tmp_path) == []    # stage 2 is not done
     (tmp_path / "stage.json").write_text("{}")
     found, = token_problems(params, tmp_path)

@@ -39,7 +39,7 @@ def clone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, first", [
-    ("ingest.min_words=30", "ingest"), ("tokens.replay=0.1", "tokens"), ("corpora.sec.heldout=['*alder*']", "tokens"), ("train.lr=0.1", "train"),
+    ("ingest.min_words=30", "ingest"), ("tokens.replay=0.1", "train"), ("corpora.sec.heldout=['*alder*']", "tokens"), ("train.lr=0.1", "train"),
     ("merge.select.keep=1", "merge"), ("evaluate.perplexity.block=64", "merge"), ("evaluate.suites.quick.limit=2", "evaluate"), ("report.title=x", "report")])
 def test_an_edit_of_the_yaml_touches_its_stage_and_those_after(change, first):
     assert changed(keys(), keys(change)) == list(STAGES[STAGES.index(first):])

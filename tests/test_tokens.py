@@ -200,7 +200,7 @@ def test_stage(ingest, tiny_llama, tmp_path):
     ids = lambda text: [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     assert sorted(p.name for p in out.iterdir()) == sorted(
         [f"{c}_{s}.{e}" for c, s in [("sec", "train"), ("sec", "heldout"), ("wiki", "train"), ("wiki", "heldout"), ("news", "heldout")]
-         for e in ("bin", "idx")] + [f"{c}_heldout.jsonl.gz" for c in ("sec", "wiki", "news")] + ["splits.csv", "mixture.csv"])
+         for e in ("bin", "idx")] + [f"{c}_heldout.jsonl.gz" for c in ("sec", "wiki", "news")] + ["splits.csv"])
     kept = [d["id"] for d in read_documents(ingest.folder / "documents" / "sec") if d["id"] in ("sec-2", "sec-3", "sec-4", "sec-5")]
     assert read_bin(out / "sec_train") == sum((ids(sec[d]) for d in kept), [])
     assert read_bin(out / "news_heldout") == sum(map(ids, news.values()), [])
@@ -211,7 +211,7 @@ def test_stage(ingest, tiny_llama, tmp_path):
         ("wiki", "heldout"): 2, ("wiki", "dropped"): 0, ("news", "train"): 0, ("news", "heldout"): 3, ("news", "dropped"): 0}
     assert splits.loc[("sec", "train"), "tokens"] == len(read_bin(out / "sec_train"))
     assert splits.loc[("news", "heldout"), "bytes"] == sum(len(t.encode()) for t in news.values())
-    blend = pd.read_csv(out / "mixture.csv")
+    blend = mixture(params, splits.reset_index())
     assert list(blend.columns) == ["corpus", "asked", "documents", "tokens", "share"] and blend["corpus"].tolist() == list(params.corpora)
     assert np.allclose(blend["asked"], [0.9, 0.1, 0]) and np.isclose(blend["share"].sum(), 1)
 

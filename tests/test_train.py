@@ -41,8 +41,8 @@ def write_tokens(folder: Path, documents: int = 12, length: int = 300) -> Path:
             for _ in range(n): builder.add_document(torch.from_numpy((random.randint(250) + 3 * np.arange(size)) % 250 + 10), [size])
             builder.finalize(str(folder / f"{name}_{split}.idx"))
     tokens = documents * length
-    table = [("sec", 0.75, documents, tokens, 0.5), ("encyclopedia", 0.25, documents, tokens, 0.5), ("news", 0.0, 0, 0, 0.0)]
-    pd.DataFrame(table, columns=["corpus", "asked", "documents", "tokens", "share"]).to_csv(folder / "mixture.csv", index=False)
+    table = [("sec", "train", documents, tokens), ("encyclopedia", "train", documents, tokens), ("news", "train", 0, 0)]
+    pd.DataFrame(table, columns=["corpus", "split", "documents", "tokens"]).to_csv(folder / "splits.csv", index=False)
     return folder
 
 
