@@ -213,9 +213,9 @@ def marginal(results: dict[str, Result], table: pd.DataFrame) -> pd.DataFrame:
         for v in ("cpt", "merge"):
             mine, theirs = results[a].of("gain_percent", v), results[before].of("gain_percent", v) if before else 0.0
             if mine is None or theirs is None or (before and not results[a].units.equals(results[before].units)): continue
+            if not (gain := interval(mine - theirs)): continue
             added = {c: cost.loc[a, c] - (cost.loc[before, c] if before else 0) for c, _ in PRICES.values()}
-            gain = interval(mine - theirs)
-            over = {f"{n}{end}": (gain[k] or np.nan) / added[c] * unit if added[c] > 0 else np.nan
+            over = {f"{n}{end}": np.array(gain[k], float) / added[c] * unit if added[c] > 0 else np.nan
                     for n, (c, unit) in PRICES.items() for end, k in (("", "value"), ("_low", "low"), ("_high", "high"))}
             rows.append(dict(arm=a, before=before or "original", variant=v, **added, gain=gain["value"], ci_low=gain["low"], ci_high=gain["high"], **over))
     return pd.DataFrame(rows)

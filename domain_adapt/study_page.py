@@ -184,7 +184,7 @@ TOGETHER = {"they help each other": "help each other", "they do each other's wor
 
 def asked(found: Found, what: str, text: str, words: dict[str, str] = WORDS) -> str:
     "What is seen of one question on one kind of text: counts over arms, and the largest difference."
-    rows = found.contrasts[(found.contrasts["what"] == what) & (found.contrasts["text"] == text)]
+    rows = found.contrasts[(found.contrasts["what"] == what) & (found.contrasts["text"] == text)].dropna(subset=["difference"])
     if rows.empty: return "not measured"
     far = rows.loc[rows["difference"].abs().idxmax()]
     return f"{counts(rows, words)} of {_many(len(rows), 'arm')}, at most {_bits(far)} thousandths of a bit per byte ({far.arm})"

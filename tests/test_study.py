@@ -230,6 +230,26 @@ def test_checkpoints_become_arms_with_their_own_model(tmp_path):
     assert len({Run(p).keys["train"] for p in grid.runs.values()}) == 1 and shared(grid) == "train"
 
 
+def bare(r: Result) -> Result:
+    "The same without held-out general text."
+    blocks = r.blocks[r.blocks["kind"] == "domain"]
+    return Result(r.params, {}, blocks, r.merge, measures(stats.draws(blocks, 7), {"sec": "domain"}))
+
+
+def test_without_general_text_the_page_says_it_was_not_measured(replay):
+    arms = {a: bare(r) for a, r in replay.items()}
+    study = Study(study="made", kind="replay", base="params/tiny.yaml", arms=[Arm(name=a) for a in arms])
+    said = " ".join(words(Found(Grid(study, {a: r.params for a, r in arms.items()}), arms, {"contrasts": contrasts("replay", arms)}, {})))
+    assert "against no replay: on general text not measured; on domain text 2 too close to tell of 2 arms" in said
+
+
+def test_a_gain_of_nothing_is_left_out_and_one_of_zero_is_zero():
+    arms = {a: invented(sized(n), {"original": (1., 1.), "cpt": (.9, 1.)}, noise=0) for a, n in (("short", 8), ("long", 32), ("broken", 64))}
+    arms["broken"].drawn["gain_percent"]["cpt"][:] = np.nan
+    t = marginal(arms, pd.DataFrame(dict(arm=list(arms), flops=[1., 2., 3.], train_seconds=[1., 2., 3.], tokens=[1., 2., 3.]))).set_index("arm")
+    assert list(t.index) == ["short", "long"] and t.loc["long", "gain"] == 0 == t.loc["long", "gain_per_minute"]
+
+
 NASTY = "<script>alert(1)</script> & it broke"
 
 
