@@ -259,16 +259,19 @@ def _foretold(text: str, points: pd.DataFrame, asked: Law, seed: int) -> pd.Data
 
 # %% ../nbs/64_contrasts.ipynb #4353ad46
 def law_tables(points: pd.DataFrame, asked: Law, seed: int) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
-    "Tables law, law_fit, law_heldout and law_recommendation; and, by domain, general and recommendation, why one is not there."
+    """Tables law, law_fit, law_heldout and law_recommendation; and why a fit is not there (domain, general), or what it foretells of
+    ratios it has not seen (held out domain, held out general), or the recommendation."""
     fits, why, tables = {}, {}, {"law": [], "law_fit": [], "law_heldout": []}
     for text in ("domain", "general"):
         used = points[points["used"] & (points["text"] == text)].reset_index(drop=True)
-        try:
-            fits[text] = found = law.fit(used, asked.draws, seed)
-            tables["law"] += _parameters(text, found)
-            tables["law_fit"].append(_lines(text, used, found))
-            tables["law_heldout"].append(_foretold(text, used, asked, seed))
-        except UserError as e: why[text] = str(e)
+        try: fits[text] = found = law.fit(used, asked.draws, seed)
+        except UserError as e:
+            why[text] = str(e)
+            continue
+        tables["law"] += _parameters(text, found)
+        tables["law_fit"].append(_lines(text, used, found))
+        try: tables["law_heldout"].append(_foretold(text, used, asked, seed))
+        except UserError as e: why[f"held out {text}"] = str(e)
     frames = {n: pd.DataFrame(t) if n == "law" else pd.concat(t, ignore_index=True) for n, t in tables.items() if len(t)}
     if len(fits) == 2: frames["law_recommendation"] = pd.DataFrame([_recommendation(points, fits, asked)])
     else: why["recommendation"] = "there is no fit of both texts"
@@ -279,5 +282,5 @@ def _recommendation(points: pd.DataFrame, fits: dict[str, law.Law], asked: Law) 
     general = points[points["text"] == "general"]
     start, tokens = general.loc[general["tokens"] == 0, "loss"].mean(), float(general["tokens"].max())
     most = start * (1 + asked.tolerance)
-    found = law.recommend(fits["domain"], fits["general"], sorted(general["share"].unique()), tokens, most)
+    found = law.recommend(fits["domain"], fits["general"], general.loc[general["used"], "share"], tokens, most)
     return dict(tokens=tokens, loss_at_start=start, tolerance=asked.tolerance, loss_allowed=most) | found

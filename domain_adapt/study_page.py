@@ -241,7 +241,9 @@ def _recommended(found: Found) -> str:
     limit = f"with the general loss at most {r.tolerance * 100:g}{SPACE}% above where training began"
     if np.isnan(r.value): return f"The law finds no ratio among those tried {limit}."
     share = f"{r.value * 100:.1f}{SPACE}% [{r.low * 100:.1f}, {r.high * 100:.1f}]"
-    edge = " That is the lowest ratio tried, so the limit costs nothing here." if r.value <= found.tables["arms"]["replay_asked"].min() else ""
+    tried = found.tables["law_fit"].query("text == 'general'")["share"]
+    end = "lowest" if r.value <= tried.min() else "highest" if r.value >= tried.max() else ""
+    edge = f" That is the {end} ratio that the law was fitted to, the edge of what was tried." if end else ""
     return (f"{limit[0].upper()}{limit[1:]}, the law recommends a share of general text of {share} for {human(r.tokens)} tokens; "
             f"{r.possible * 100:.0f}{SPACE}% of the draws find one.{edge}")
 
@@ -253,13 +255,15 @@ def _outside(found: Found) -> str:
     moved = p.groupby("arm", sort=False)["loss"].agg(["first", "last"])
     rises, none = list(moved.index[moved["last"] > moved["first"]]), p[p["share"] == 0]
     if none.empty: return ""
-    first, last = none["loss"].iloc[0], none["loss"].iloc[-1]
-    return (f"Without general text the law has the general loss stand still; it went from {first:.3f} to {last:.3f} nats a token after the warm-up."
+    first, last = (f"{none['loss'].iloc[i]:.3f}" for i in (0, -1))
+    went = f"it did not move from {first}" if first == last else f"it went from {first} to {last}"
+    return (f"Without general text the law has the general loss stand still; {went} nats a token after the warm-up."
             + (f" The law knows no loss that rises with tokens, as it does in {', '.join(rises)}." if rises else ""))
 
 def _law(found: Found) -> str:
-    missing = [f"of {text} text: {found.why[text]}" for text in ("domain", "general") if text in found.why]
-    said = [_foretold(found), _outside(found) if "law_fit" in found.tables else "", f"There is no fit {'; '.join(missing)}." if missing else ""]
+    missing = lambda key: "; ".join(f"of {text} text: {found.why[key + text]}" for text in ("domain", "general") if key + text in found.why)
+    said = [_foretold(found), f"The law was not tried on a ratio it had not seen, {lost}." if (lost := missing("held out ")) else "",
+            _outside(found) if "law_fit" in found.tables else "", f"There is no fit {lost}." if (lost := missing("")) else ""]
     return " ".join(x for x in (*said, _recommended(found)) if x)
 
 # %% ../nbs/65_study_page.ipynb #2ae90144

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from test_browser import SIZES, chromium, opened    # noqa: F401
-from domain_adapt import stats
-from domain_adapt.arms import ENOUGH, Arm, Grid, Study, is_study, load_study, rules, sequences
-from domain_adapt.contrasts import Result, contrasts, curve, effects, law_points, marginal, merged, ordered, seen
+from domain_adapt import law, stats
+from domain_adapt.arms import ENOUGH, Arm, Grid, Law, Study, is_study, load_study, rules, sequences
+from domain_adapt.contrasts import Result, contrasts, curve, effects, law_points, law_tables, marginal, merged, ordered, seen
 from domain_adapt.params import UserError, load_params
 from domain_adapt.summary import measures
 from domain_adapt.runs import Run
 from domain_adapt.study import problems, shared
-from domain_adapt.study_page import Found, build, words
+from domain_adapt.study_page import Found, _foretold, _law, _outside, _recommended, build, words
 
 PRESETS = sorted((ROOT / "params/studies").glob("*.yaml"))
 QUICK = load_params(ROOT / "params/quickstart.yaml")
@@ -248,6 +248,58 @@ def test_a_gain_of_nothing_is_left_out_and_one_of_zero_is_zero():
     arms["broken"].drawn["gain_percent"]["cpt"][:] = np.nan
     t = marginal(arms, pd.DataFrame(dict(arm=list(arms), flops=[1., 2., 3.], train_seconds=[1., 2., 3.], tokens=[1., 2., 3.]))).set_index("arm")
     assert list(t.index) == ["short", "long"] and t.loc["long", "gain"] == 0 == t.loc["long", "gain_per_minute"]
+
+
+def law_lines(ratios: tuple[float, ...], start: float = 2.6) -> pd.DataFrame:
+    "law_points.csv of a known law at these shares of general text; an arm that ended in its warm-up is not used."
+    true = dict(E=2.1, B=8.0, eta=0.2, beta=0.35, C=0.3, gamma=0.4, epsilon=0.05)
+    rows = [dict(arm=f"r{r:g}", text=t, share=s, step=i, tokens=d, loss=float(law.predict(true, s, d)) if i else start, used=i > 0)
+            for r in ratios for i, d in enumerate([0., *np.geomspace(5e3, 8e4, 4)]) for t, s in (("domain", 1 - r), ("general", r))]
+    return pd.DataFrame(rows + [dict(arm="short", text="general", share=.9, step=0, tokens=0., loss=start, used=False)])
+
+
+def law_page(points: pd.DataFrame, tolerance: float = 0.0) -> Found:
+    tables, why = law_tables(points, Law(tolerance=tolerance, draws=8), 0)
+    return Found(None, {}, tables | {"law_points": points}, {}, why)
+
+
+def test_four_ratios_are_a_fit_that_nothing_is_held_out_of():
+    found, few = law_page(law_lines((0, .05, .2, .5))), "the law needs at least 4 ratios, and there are 3"
+    assert found.why == {"held out domain": few, "held out general": few}
+    assert sorted(found.tables) == ["law", "law_fit", "law_points", "law_recommendation"]
+    assert f"The law was not tried on a ratio it had not seen, of domain text: {few}; of general text: {few}." in _law(found) and "no fit" not in _law(found)
+    few = law_page(law_lines((0, .05, .2)))
+    assert set(few.why) == {"domain", "general", "recommendation"} and "law" not in few.tables
+    assert _law(few).endswith("There is no fit of domain text: the law needs at least 4 ratios, and there are 3; of general text: the law needs at least 4 "
+                              "ratios, and there are 3. No ratio is recommended: there is no fit of both texts.")
+
+
+@pytest.mark.parametrize("start, says", [(9., "That is the lowest ratio that the law was fitted to, the edge of what was tried."), (2.6, ""),
+                                         (1., "The law finds no ratio among those tried with the general loss at most 0\xa0% above where training began.")])
+def test_a_recommendation_at_an_edge_of_what_was_fitted_says_so(start, says):
+    said = _recommended(law_page(law_lines((.05, .1, .2, .5), start)))
+    assert says in said and ("edge" in said) == ("edge" in says)
+
+
+def test_the_upper_edge_is_one_too():
+    fit = pd.DataFrame(dict(text=["domain", "general", "general"], share=[1., .05, .5]))
+    row = dict(tokens=8e4, tolerance=.01, value=.5, low=.4, high=.5, possible=.75)
+    assert _recommended(Found(None, {}, {"law_fit": fit, "law_recommendation": pd.DataFrame([row])}, {})) == (
+        "With the general loss at most 1\xa0% above where training began, the law recommends a share of general text of 50.0\xa0% [40.0, 50.0] for 80 k tokens; "
+        "75\xa0% of the draws find one. That is the highest ratio that the law was fitted to, the edge of what was tried.")
+
+
+def test_how_well_the_law_foretold_is_counted():
+    t = pd.DataFrame(dict(loss=[2., 4.], predicted=[2.02, 4.], low=[1.9, 4.1], high=[2.1, 4.2], neighbours=[2.04, np.nan]))
+    said = _foretold(Found(None, {}, {"law_heldout": t}, {}))
+    assert said == ("Fitted without an inner ratio, the law foretold its losses to within 0.50\xa0% on average (2 points, 50\xa0% inside the 95\xa0% interval); "
+                    "a straight line between the neighbouring ratios is 2.00\xa0% off, so here the law foretells better than no law.")
+
+
+@pytest.mark.parametrize("last, says", [(3.0943, "it did not move from 3.094 nats"), (3.1, "it went from 3.094 to 3.100 nats")])
+def test_a_loss_that_stands_still_is_said_to(last, says):
+    points = pd.DataFrame(dict(arm="none", text="general", share=0., tokens=[1., 2.], loss=[3.0944, last], used=True))
+    assert says in _outside(Found(None, {}, {"law_points": points}, {}))
 
 
 NASTY = "<script>alert(1)</script> & it broke"
