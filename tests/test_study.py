@@ -26,7 +26,7 @@ from domain_adapt.params import UserError, load_params
 from domain_adapt.summary import measures
 from domain_adapt.runs import Run
 from domain_adapt.study import problems, shared
-from domain_adapt.study_page import Found, _foretold, _law, _outside, _recommended, build, words
+from domain_adapt.study_page import Found, _foretold, _law, _merge_better, _outside, _recommended, _synergistic, build, words
 
 PRESETS = sorted((ROOT / "params/studies").glob("*.yaml"))
 QUICK = load_params(ROOT / "params/quickstart.yaml")
@@ -169,6 +169,43 @@ def test_pairs_across_arms_are_pairs_in_one_table():
     mine = contrasts("replay", arms).set_index(["what", "arm", "text"]).loc["replay alone", "some", "general"]
     whole = stats.paired(joint["some/cpt"], joint["none/cpt"])
     for name in ("difference", "ci_low", "ci_high", "p"): assert mine[name] == pytest.approx(getattr(whole, name), rel=1e-9)
+
+
+def synergy(merged: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    "The interactions of arms whose merges have these bits per byte, domain and general; without replay a merge has (.92, 1.03)."
+    arms = {"none": invented(replayed(0), LEVELS["none"][1], noise=0)}
+    for a, bits in merged.items(): arms[a] = invented(replayed(.2), {"original": (1., 1.), "cpt": (.91, 1.05), "merge:half": bits}, noise=.0001, seed=3)
+    return contrasts("replay", arms)
+
+
+def test_only_what_helps_alone_can_help_each_other():
+    "In the domain replay and merging both cost; on general text both help."
+    t = synergy({"less": (.91, .96), "more": (.95, 1.04)}).query("what == 'synergy'").set_index(["arm", "text"])["verdict"]
+    assert t.to_dict() == {("less", "domain"): "together better than the sum of each", ("less", "general"): "they help each other",
+                           ("more", "domain"): "together worse than the sum of each", ("more", "general"): "they do each other's work"}
+
+
+@pytest.mark.parametrize("general, word", [((.96, .97), "holds"), ((.96, .98), "holds"), ((1.04, 1.03), "fails"), ((.96, 1.04), "cannot tell"), ((.98, .98), "cannot tell")])
+def test_whether_replay_and_merging_are_synergistic(general, word):
+    "Without interaction a merge with replay has .98 on general text."
+    found = Found(None, {}, {"contrasts": synergy({str(i): (.92, g) for i, g in enumerate(general)})}, {})
+    assert _synergistic(found).startswith(f"The papers' claim that replay and merging are synergistic: {word}. It holds where on general text")
+
+
+@pytest.mark.parametrize("checkpoint, merge, word", [(.85, .9, "holds"), (.95, .97, "holds"), (.85, .97, "fails"), (.85, .93, "cannot tell"), (.9, .9, "cannot tell")])
+def test_whether_better_checkpoints_merge_better(tmp_path, checkpoint, merge, word):
+    "The first checkpoint has .9 bits per byte of domain text, and its merge .93."
+    first, _, last = load_study(written(tmp_path, kind="checkpoints", arms=[], set=SMALL | {"train.steps": 8, "train.export_at": [0.25, 0.5, 1.0]})).runs.values()
+    levels = {"original": (1., 1.), "cpt@2": (.9, 1.), "cpt": (checkpoint, 1.)}
+    arms = {"first": invented(first, levels | {"merge:half": (.93, 1.)}, noise=0), "last": invented(last, levels | {"merge:half": (merge, 1.)}, noise=0)}
+    assert _merge_better(Found(None, {}, {"contrasts": contrasts("checkpoints", arms)}, {})).startswith(f"The papers' claim that better checkpoints merge better: {word}. ")
+
+
+def test_one_checkpoint_is_not_compared_with_itself(tmp_path):
+    first = next(iter(load_study(written(tmp_path, kind="checkpoints", arms=[], set=SMALL | {"train.steps": 8, "train.export_at": [0.5, 1.0]})).runs.values()))
+    only = {"only": invented(first, {"original": (1., 1.), "cpt@4": (.9, 1.), "cpt": (.8, 1.), "merge:half": (.93, 1.)})}
+    assert set(contrasts("checkpoints", only)["what"]) == {"merge against its checkpoint"}
+    assert "merge better: cannot tell." in _merge_better(Found(None, {}, {"contrasts": contrasts("checkpoints", only)}, {}))
 
 
 def test_arms_that_read_other_text_are_not_compared(replay):
