@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DONE', 'SHOWN', 'BITS', 'HELPERS', 'OTHERS', 'ASKED', 'COMPARED', 'PRICES', 'Result', 'chooses', 'result', 'effects',
-           'curve', 'Contrast', 'one', 'merged', 'seen', 'contrasts', 'costs', 'flops', 'arms_table', 'ordered',
-           'marginal', 'comparable', 'law_points', 'law_tables']
+           'curve', 'Contrast', 'one', 'merged', 'seen', 'contrasts', 'costs', 'flops', 'process_seconds', 'arms_table',
+           'ordered', 'marginal', 'comparable', 'law_points', 'law_tables']
 
 # %% ../nbs/64_contrasts.ipynb #22042f1a
 import json
@@ -185,6 +185,11 @@ def flops(params: Params) -> float:
     if not config or params.train.checkpoint: return np.nan
     return tokens_asked(params) * flops_per_token(shape_of(config), params.tokens.sequence_length)
 
+def process_seconds(r: Result) -> float:
+    "Seconds of training, over all its tries, times its processes; NaN where nothing was trained."
+    parts = json.loads((r.folders["train"] / "info.json").read_text()).get("seconds")
+    return sum(parts.values()) * r.params.train.world if parts else np.nan
+
 def _drawn(r: Result) -> float:
     "The share of general text that training has really drawn; NaN where it drew nothing."
     found = pd.read_csv(r.folders["train"] / "mixture.csv")
@@ -201,14 +206,14 @@ def arms_table(grid: Grid, results: dict[str, Result], failed: dict[str, str], c
         config = configuration(p.model)
         rows.append(dict(arm=arm.name, run=p.run, ended="done" if r else "failed", merge=(r.merge or "none was kept").removeprefix("merge:") if r else "",
                          tokens=tokens_asked(p), steps=p.train.steps, replay_asked=p.tokens.replay, replay_drawn=_drawn(r) if r else np.nan, flops=flops(p),
-                         train_seconds=mine.loc[mine["stage"] == "train", "seconds"].sum() if r else np.nan,
+                         process_seconds=process_seconds(r) if r else np.nan,
                          seconds=mine["seconds"].sum() if r else np.nan, own_seconds=mine.loc[~mine["shared"].astype(bool), "seconds"].sum() if r else np.nan,
                          model=p.model, parameters=parameters(shape_of(config))["total"] if config else None, changes=json.dumps(arm.set),
                          error=failed.get(arm.name, "")))
     return pd.DataFrame(rows)
 
 # %% ../nbs/64_contrasts.ipynb #4582d027
-PRICES = {"gain_per_petaflop": ("flops", 1e15), "gain_per_minute": ("train_seconds", 60.0), "gain_per_million_tokens": ("tokens", 1e6)}
+PRICES = {"gain_per_petaflop": ("flops", 1e15), "gain_per_process_minute": ("process_seconds", 60.0), "gain_per_million_tokens": ("tokens", 1e6)}
 
 def ordered(results: dict[str, Result]) -> dict[str, Result]:
     "Arms by the operations of their training, else by its tokens."
@@ -217,7 +222,7 @@ def ordered(results: dict[str, Result]) -> dict[str, Result]:
 
 def marginal(results: dict[str, Result], table: pd.DataFrame) -> pd.DataFrame:
     """marginal.csv: arm, before, variant, added gain (percentage points of domain bits per byte) with its interval, and that over the
-    added FLOPs, minutes of training and tokens. `before` of the first is the original. `table`: arms.csv."""
+    added FLOPs, minutes of all training processes and tokens. `before` of the first is the original. `table`: arms.csv."""
     rows, cost = [], table.set_index("arm")
     for before, a in zip([None, *results], results):
         for v in ("cpt", "merge"):

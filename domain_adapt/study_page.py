@@ -132,10 +132,10 @@ def law_lines(table: pd.DataFrame, foretold: pd.DataFrame | None = None, width: 
 # %% ../nbs/65_study_page.ipynb #f9e10f05
 @drawing
 def price(table: pd.DataFrame, width: float = 7.4) -> Figure:
-    "Domain gain added from arm to arm, over minutes of training and over 10¹⁵ operations. `table`: `marginal.csv`."
+    "Domain gain added from arm to arm, over minutes of training processes and over 10¹⁵ operations. `table`: `marginal.csv`."
     rows = table.iloc[::-1].reset_index(drop=True)
     fig, axes = _panels(2, width, .9 + .26 * len(rows), sharey=width > NARROW)
-    for ax, (column, title) in zip(axes, (("gain_per_minute", "per minute of training"), ("gain_per_petaflop", "per 10¹⁵ operations"))):
+    for ax, (column, title) in zip(axes, (("gain_per_process_minute", "per process-minute of training"), ("gain_per_petaflop", "per 10¹⁵ operations"))):
         ax.axvline(0, color=MUTED, lw=1)
         for r in rows.itertuples():
             name, ink, shape = LOOKS[r.variant]
@@ -305,17 +305,22 @@ def _checkpoints(found: Found) -> list[str]:
             f"Each merge against its own checkpoint: {both(found, 'merge against its checkpoint')}.", _merge_better(found)]
 
 # %% ../nbs/65_study_page.ipynb #4986be20
+def _paid(rows: pd.DataFrame, name: str) -> str:
+    "What a process-minute gave in the first arm and in the last step, where the last cost more than the one before it."
+    first, last = rows.iloc[0], rows.iloc[-1]
+    if not last.process_seconds > 0: return f"The training of {last.arm} took no more process-minutes than that of {last.before}, so its step has no price."
+    per, low, high = (f"gain_per_process_minute{end}" for end in ("", "_low", "_high"))
+    overlap = first[low] <= last[high] and last[low] <= first[high]
+    return (f"A process-minute of training gave the {name} {first[per]:.2f} points in the first arm and {last[per]:.2f} in the "
+            f"last step{'; their intervals overlap, so which is more cannot be told' if overlap else ''}.")
+
 def _scale(found: Found) -> list[str]:
     t, said = found.tables["marginal"], []
     for v, (name, *_) in LOOKS.items():
         rows = t[t["variant"] == v]
         steps = [f"{r.before} → {r.arm} {cell(dict(value=r.gain, low=r.ci_low, high=r.ci_high), '+.2f', '')}" for r in rows.itertuples()]
         if steps: said.append(f"Percentage points of domain gain that the {name} adds from arm to arm: {'; '.join(steps)}.")
-        if len(rows) > 1:
-            first, last = rows.iloc[0], rows.iloc[-1]
-            apart = first.gain_per_minute_low > last.gain_per_minute_high or first.gain_per_minute_high < last.gain_per_minute_low
-            said.append(f"A minute of training gave the {name} {first.gain_per_minute:.2f} points in the first arm and {last.gain_per_minute:.2f} in the "
-                        f"last step{'' if apart else '; their intervals overlap, so which is more cannot be told'}.")
+        if len(rows) > 1: said.append(_paid(rows, name))
     return [" ".join(said)]
 
 SENTENCES = {"replay": _replay, "merge_methods": _methods, "checkpoints": _checkpoints, "scale": _scale}
@@ -330,7 +335,8 @@ CAPTIONS = {
     "contrasts": "Differences between arms and variants, paired over the same held-out blocks, with 95 % intervals; filled: told apart after "
                  "Benjamini-Hochberg over all rows.",
     "law_fit": "Held-out losses (dots), the D-CPT law fitted to all arms (lines), and what it foretold of an arm that it was not fitted to (crosses).",
-    "marginal": "What each arm adds to the one before it, over what it cost more, with 95 % intervals of the gain; the cost is taken as exact."}
+    "marginal": "What each arm adds to the one before it, over what it cost more, with 95 % intervals of the gain; the cost is taken as exact. "
+                "A process-minute is a minute of one training process, which on GPUs is one GPU."}
 SYNERGY = " Synergy is what the merge changes with replay less what it changes without."
 AXES = {"replay": "domain : general text", "checkpoints": "training tokens seen", "scale": "training tokens"}
 

@@ -21,12 +21,12 @@ from conftest import ROOT
 from test_browser import SIZES, chromium, opened    # noqa: F401
 from domain_adapt import law, stats
 from domain_adapt.arms import ENOUGH, Arm, Grid, Law, Study, is_study, load_study, rules, sequences
-from domain_adapt.contrasts import Result, contrasts, curve, effects, law_points, law_tables, marginal, merged, ordered, seen
+from domain_adapt.contrasts import Result, contrasts, curve, effects, law_points, law_tables, marginal, merged, ordered, process_seconds, seen
 from domain_adapt.params import UserError, load_params
 from domain_adapt.summary import measures
 from domain_adapt.runs import Run
 from domain_adapt.study import problems, shared
-from domain_adapt.study_page import Found, _foretold, _law, _merge_better, _outside, _recommended, _synergistic, build, words
+from domain_adapt.study_page import Found, _foretold, _law, _merge_better, _outside, _recommended, _scale, _synergistic, build, words
 
 PRESETS = sorted((ROOT / "params/studies").glob("*.yaml"))
 QUICK = load_params(ROOT / "params/quickstart.yaml")
@@ -241,12 +241,35 @@ def sized(steps: int): return TINY.model_copy(update=dict(train=TINY.train.model
 def test_gain_for_its_price_is_gain_over_price():
     arms = ordered({"long": invented(sized(32), {"original": (1., 1.), "cpt": (.8, 1.)}), "short": invented(sized(8), {"original": (1., 1.), "cpt": (.9, 1.)})})
     assert list(arms) == ["short", "long"]
-    cost = pd.DataFrame(dict(arm=["short", "long"], flops=[2e15, 8e15], train_seconds=[60., 180.], tokens=[1e6, 4e6]))
+    cost = pd.DataFrame(dict(arm=["short", "long"], flops=[2e15, 8e15], process_seconds=[60., 180.], tokens=[1e6, 4e6]))
     t = marginal(arms, cost).set_index("arm")
     gain = arms["long"].of("gain_percent", "cpt")[0] - arms["short"].of("gain_percent", "cpt")[0]
-    assert t.loc["long", "gain"] == pytest.approx(gain) and t.loc["long", "gain_per_minute"] == pytest.approx(gain / 2)
+    assert t.loc["long", "gain"] == pytest.approx(gain) and t.loc["long", "gain_per_process_minute"] == pytest.approx(gain / 2)
     assert t.loc["long", "gain_per_petaflop"] == pytest.approx(gain / 6) and t.loc["short", "gain_per_million_tokens"] == pytest.approx(t.loc["short", "gain"])
-    assert t.loc["long", "gain_per_minute_low"] == pytest.approx(t.loc["long", "ci_low"] / 2)
+    assert t.loc["long", "gain_per_process_minute_low"] == pytest.approx(t.loc["long", "ci_low"] / 2)
+
+
+def test_a_minute_of_training_is_one_of_each_process_over_all_tries(tmp_path):
+    (tmp_path / "info.json").write_text(json.dumps(dict(seconds={"import": 10.5, "load": 20, "steps": 90})))
+    p = TINY.model_copy(update=dict(train=TINY.train.model_copy(update=dict(nodes=2, processes=4))))
+    at = lambda: process_seconds(Result(p, {"train": tmp_path}, pd.DataFrame(), None, {}))
+    assert at() == 120.5 * 8
+    (tmp_path / "info.json").write_text(json.dumps(dict(checkpoint="some/model")))
+    assert np.isnan(at())
+
+
+@pytest.mark.parametrize("later, says", [
+    ((.5, .4, .6, 60.), "A process-minute of training gave the CPT model 2.00 points in the first arm and 0.50 in the last step."),
+    ((.5, .4, 1.9, 60.), "A process-minute of training gave the CPT model 2.00 points in the first arm and 0.50 in the last step; their intervals overlap, so which "
+                         "is more cannot be told."),
+    ((np.nan, np.nan, np.nan, -60.), "The training of long took no more process-minutes than that of short, so its step has no price.")])
+def test_what_scaling_brought_and_at_what_price(later, says):
+    price, low, high, cost = later
+    rows = [dict(arm="short", before="original", process_seconds=60., gain=2., ci_low=1.8, ci_high=2.2, gain_per_process_minute=2., gain_per_process_minute_low=1.8, gain_per_process_minute_high=2.2),
+            dict(arm="long", before="short", process_seconds=cost, gain=.5, ci_low=.4, ci_high=.6, gain_per_process_minute=price, gain_per_process_minute_low=low, gain_per_process_minute_high=high)]
+    said, = _scale(Found(None, {}, {"marginal": pd.DataFrame(rows).assign(variant="cpt")}, {}))
+    assert said == ("Percentage points of domain gain that the CPT model adds from arm to arm: original → short +2.00 [1.80,\xa02.20]; "
+                    f"short → long +0.50 [0.40,\xa00.60]. {says}")
 
 
 def test_which_points_the_law_may_use(tmp_path):
@@ -283,8 +306,8 @@ def test_without_general_text_the_page_says_it_was_not_measured(replay):
 def test_a_gain_of_nothing_is_left_out_and_one_of_zero_is_zero():
     arms = {a: invented(sized(n), {"original": (1., 1.), "cpt": (.9, 1.)}, noise=0) for a, n in (("short", 8), ("long", 32), ("broken", 64))}
     arms["broken"].drawn["gain_percent"]["cpt"][:] = np.nan
-    t = marginal(arms, pd.DataFrame(dict(arm=list(arms), flops=[1., 2., 3.], train_seconds=[1., 2., 3.], tokens=[1., 2., 3.]))).set_index("arm")
-    assert list(t.index) == ["short", "long"] and t.loc["long", "gain"] == 0 == t.loc["long", "gain_per_minute"]
+    t = marginal(arms, pd.DataFrame(dict(arm=list(arms), flops=[1., 2., 3.], process_seconds=[1., 2., 3.], tokens=[1., 2., 3.]))).set_index("arm")
+    assert list(t.index) == ["short", "long"] and t.loc["long", "gain"] == 0 == t.loc["long", "gain_per_process_minute"]
 
 
 def law_lines(ratios: tuple[float, ...], start: float = 2.6) -> pd.DataFrame:
