@@ -203,9 +203,11 @@ def arms_table(grid: Grid, results: dict[str, Result], failed: dict[str, str], c
     for arm in grid.study.arms:
         p, r = grid.runs[arm.name], results.get(arm.name)
         mine = cost[cost["arm"] == arm.name]
-        config = configuration(p.model)
+        config, trained = configuration(p.model), not p.train.checkpoint
         rows.append(dict(arm=arm.name, run=p.run, ended="done" if r else "failed", merge=(r.merge or "none was kept").removeprefix("merge:") if r else "",
-                         tokens=tokens_asked(p), steps=p.train.steps, replay_asked=p.tokens.replay, replay_drawn=_drawn(r) if r else np.nan, flops=flops(p),
+                         tokens=tokens_asked(p) if trained else np.nan, steps=p.train.steps if trained else np.nan,
+                         replay_asked=p.tokens.replay if trained else np.nan, replay_drawn=_drawn(r) if r else np.nan,
+                         flops=flops(p),
                          process_seconds=process_seconds(r) if r else np.nan,
                          seconds=mine["seconds"].sum() if r else np.nan, own_seconds=mine.loc[~mine["shared"].astype(bool), "seconds"].sum() if r else np.nan,
                          model=p.model, parameters=parameters(shape_of(config))["total"] if config else None, changes=json.dumps(arm.set),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lxml.html
 import numpy as np
@@ -21,12 +22,13 @@ from conftest import ROOT
 from test_browser import SIZES, chromium, opened    # noqa: F401
 from domain_adapt import law, stats
 from domain_adapt.arms import ENOUGH, Arm, Grid, Law, Study, is_study, load_study, rules, sequences
-from domain_adapt.contrasts import Result, contrasts, curve, effects, law_points, law_tables, marginal, merged, ordered, process_seconds, seen
+from domain_adapt.contrasts import Result, arms_table, contrasts, curve, effects, law_points, law_tables, marginal, merged, ordered, process_seconds, seen
 from domain_adapt.params import UserError, load_params
 from domain_adapt.summary import measures
 from domain_adapt.runs import Run
 from domain_adapt.study import problems, shared
-from domain_adapt.study_page import Found, _foretold, _law, _merge_better, _outside, _recommended, _scale, _synergistic, build, words
+from domain_adapt.study_page import (Found, _caution, _checkpoints, _foretold, _law, _merge_better, _methods, _outside, _recommended, _scale, _setting, _synergistic, build,
+                                     words)
 
 PRESETS = sorted((ROOT / "params/studies").glob("*.yaml"))
 QUICK = load_params(ROOT / "params/quickstart.yaml")
@@ -270,6 +272,74 @@ def test_what_scaling_brought_and_at_what_price(later, says):
     said, = _scale(Found(None, {}, {"marginal": pd.DataFrame(rows).assign(variant="cpt")}, {}))
     assert said == ("Percentage points of domain gain that the CPT model adds from arm to arm: original → short +2.00 [1.80,\xa02.20]; "
                     f"short → long +0.50 [0.40,\xa00.60]. {says}")
+
+
+def told(kind: str, runs: dict) -> tuple[str, str]:
+    "The first paragraph of a page of these runs, and the last."
+    arms = {a: invented(p, {"original": (1., 1.), "cpt": (.9, 1.)}) for a, p in runs.items()}
+    found = Found(Grid(SimpleNamespace(kind=kind), runs), arms, {}, {})
+    return _setting(found).partition(" Measured on")[0], _caution(found)
+
+
+OF_TEXT = "the intervals say how far other held-out text of the same kind would move a number, not how far another seed would."
+
+
+def test_what_was_trained_and_how_small_it_is():
+    "The tiny run's training is 8 steps of 4 sequences of 128 tokens."
+    model = TINY.model
+    assert told("replay", {"a": sized(8), "b": sized(16)}) == (
+        f"2 arms of {model}, trained on 4.1 k to 8.19 k tokens each.",
+        f"Each arm is one training with one seed: {OF_TEXT} The most that an arm has read is 8.19 k tokens; the paper's continual pre-training read 20 to 70 billion, "
+        "2.44 M to 8.54 M times as many, and what is so here need not be so there.")
+    assert told("merge_methods", {"a": sized(8), "b": sized(8)})[0] == f"2 arms of {model}, sharing one training on 4.1 k tokens."
+    assert told("scale", {"a": sized(10 ** 7), "b": sized(2 * 10 ** 7)})[1] == (
+        f"Each arm is one training with one seed: {OF_TEXT} All arms are of one size, so of sizes this page says nothing.")
+    sizes = {"a": sized(10 ** 7), "b": sized(10 ** 7).model_copy(update=dict(model="another"))}
+    assert told("scale", sizes)[1] == f"Each arm is one training with one seed: {OF_TEXT}"
+
+
+def test_checkpoints_have_read_what_they_have_read(tmp_path):
+    grid = load_study(written(tmp_path, kind="checkpoints", arms=[], set=SMALL | {"train.steps": 8, "train.export_at": [0.25, 1.0]}))
+    first, last = told("checkpoints", grid.runs)
+    assert first == f"2 arms of {TINY.model}, checkpoints of one training after 256 to 1.02 k tokens." and last.startswith("All arms share one training with one seed")
+
+
+def test_of_a_checkpoint_from_elsewhere_no_tokens_are_told(tmp_path, replay):
+    taken = TINY.model_copy(update=dict(train=TINY.train.model_copy(update=dict(checkpoint="some/model"))))
+    assert told("merge_methods", {"a": taken}) == (f"1 arm of {TINY.model}, nothing was trained: all merge some/model.", f"All arms share one training with one seed: {OF_TEXT}")
+    (tmp_path / "info.json").write_text(json.dumps(dict(checkpoint="some/model")))
+    (tmp_path / "mixture.csv").write_text("corpus,asked,documents,tokens,share\n")
+    study = Study(study="made", kind="merge_methods", base="params/tiny.yaml", arms=[Arm(name="a"), Arm(name="b")])
+    done = {"a": Result(taken, {"train": tmp_path}, replay["none"].blocks, None, {})}
+    rows = arms_table(Grid(study, {"a": taken, "b": taken}), done, {}, pd.DataFrame(columns=["arm", "stage", "seconds", "shared", "folder"]))
+    assert rows[["tokens", "steps", "replay_asked", "flops", "process_seconds"]].isna().all(axis=None) and rows["ended"].tolist() == ["done", "failed"]
+
+
+def test_what_the_page_of_methods_says():
+    names = {"linear": (.92, 1.01), "slerp": (.95, 1.)}
+    arms = {a: invented(TINY, {"original": (1., 1.), "cpt": (.9, 1.05), "merge:half": bits}, noise=0) for a, bits in names.items()}
+    arms["ties"] = invented(TINY, {"original": (1., 1.), "cpt": (.9, 1.05)}, noise=0)
+    said = _methods(Found(None, arms, {"contrasts": contrasts("merge_methods", arms)}, {}))
+    gain = {a: arms[a].of("gain_percent", "merge")[0] for a in names}
+    assert said == [
+        f"Domain gains of the merges go from {gain['slerp']:.1f} to {gain['linear']:.1f}\xa0% (slerp and linear). Against linear's: on general text 1 better of 1 arm, "
+        "at most \N{MINUS SIGN}10.0 [\N{MINUS SIGN}10.0,\xa0\N{MINUS SIGN}10.0] thousandths of a bit per byte (slerp); on domain text 1 worse of 1 arm, at most +30.0 [30.0,\xa030.0] thousandths of a "
+        "bit per byte (slerp).",
+        "Against the model before merging: on general text 2 better of 2 arms, at most \N{MINUS SIGN}50.0 [\N{MINUS SIGN}50.0,\xa0\N{MINUS SIGN}50.0] thousandths of a bit per byte (slerp); "
+        "on domain text 2 worse of 2 arms, at most +50.0 [50.0,\xa050.0] thousandths of a bit per byte (slerp). The rule kept no merge of ties.",
+        "An arm stands for the one of its merges that the rule chose: linear half, slerp half. Where their weights differ, a difference is of weight and method together."]
+    assert _methods(Found(None, {"ties": arms["ties"]}, {}, {})) == ["No merge was kept."]
+
+
+def test_what_the_page_of_checkpoints_says(tmp_path):
+    grid = load_study(written(tmp_path, kind="checkpoints", arms=[], set=SMALL | {"train.steps": 8, "train.export_at": [0.25, 1.0]}))
+    arms = {a: invented(p, {"original": (1., 1.), "cpt@2": (.95, 1.), "cpt": (.9, 1.), "merge:half": (x, 1.)}, noise=0) for (a, p), x in zip(grid.runs.items(), (.97, .94))}
+    level = "on general text {0} too close to tell of {0} arm{1}, at most 0.0 [0.0,\xa00.0] thousandths of a bit per byte ({2})"
+    assert _checkpoints(Found(grid, arms, {"contrasts": contrasts("checkpoints", arms)}, {}))[:2] == [
+        f"From each checkpoint's merge to the next one's: {level.format(1, '', 'step-8')}; on domain text 1 better of 1 arm, at most \N{MINUS SIGN}30.0 "
+        "[\N{MINUS SIGN}30.0,\xa0\N{MINUS SIGN}30.0] thousandths of a bit per byte (step-8).",
+        f"Each merge against its own checkpoint: {level.format(2, 's', 'step-2')}; on domain text 2 worse of 2 arms, at most +40.0 [40.0,\xa040.0] "
+        "thousandths of a bit per byte (step-8)."]
 
 
 def test_which_points_the_law_may_use(tmp_path):
