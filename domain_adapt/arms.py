@@ -182,6 +182,8 @@ def rules(grid: Grid) -> list[str]:
     odd = {n: [k for k in keys if not k.startswith(MAY[kind])] for n, keys in differing(runs).items()}
     may = " or ".join(f"{k}*" if k.endswith(".") else k for k in MAY[kind])
     said = [f"arms.{n}: a study of {kind} changes {may} and nothing else; this arm also changes {', '.join(keys)}" for n, keys in odd.items() if keys]
+    if kind != "merge_methods" and any(p.train.checkpoint for p in runs.values()):
+        said.append(f"train.checkpoint: it stands for a training, and a study of {kind} is of what is trained here; only merge_methods takes it")
     if kind == "replay": said += _of_replay(runs)
     if kind == "checkpoints" and len(runs) < 2: said.append("base: train.export_at has one checkpoint, so there is no road to look at")
     if kind == "scale" and len({(tokens_asked(p), p.model) for p in runs.values()}) < 2: said.append("arms: all have the same tokens and the same model")

@@ -91,10 +91,16 @@ def test_under_16_sequences_are_refused_and_the_way_out_is_one(tmp_path_factory,
     (dict(kind="merge_methods"), "a study of merge_methods changes merge.*"),
     (dict(kind="scale", arms=[dict(name="a"), dict(name="b")]), "arms: all have the same tokens and the same model"),
     (dict(kind="checkpoints", arms=[]), "train.export_at has one checkpoint"),
+    *[(dict(kind=kind, arms=arms, set=SMALL | {"train.checkpoint": "some/model"}), f"train.checkpoint: it stands for a training, and a study of {kind} is of what is trained")
+      for kind, arms in (("replay", TWO), ("scale", TWO), ("checkpoints", []))],
 ])
 def test_arms_that_cannot_answer_the_question_are_refused(tmp_path, more, why):
     said = rules(load_study(written(tmp_path, **more)))
     assert any(why in s for s in said), said
+
+
+def test_methods_may_be_compared_on_a_checkpoint_from_elsewhere(tmp_path):
+    assert rules(load_study(written(tmp_path, kind="merge_methods", arms=METHODS, set=SMALL | {"train.checkpoint": "some/model"}))) == []
 
 
 def test_check_tells_the_problems_of_every_arm_by_name(tmp_path, cli):
