@@ -105,15 +105,18 @@ def base_of(path: str | Path, overrides: tuple[str, ...] = ()) -> dict:
 
 # %% ../nbs/63_arms.ipynb #6d8fbddc
 def _merges(params: Params) -> list[Arm]:
-    "An arm for each exported checkpoint of a run, with the run's merge. Raises `UserError` unless it has just one."
+    "An arm for each exported checkpoint of a run, with the run's merge. Raises `UserError` unless it has just one, of `cpt`."
     from domain_adapt.recipe import located, recipes
     steps, merge = export_steps(params), params.merge
     if len(merge.candidates) != 1 or merge.grid or merge.search:
         raise UserError("merge: a study of checkpoints follows one merge over all of them: leave one of merge.candidates, no grid and no search")
     recipe, arms = recipes(merge.candidates[0], sibling=params.base not in (None, params.model), seed=params.seed)[0], []
+    if (named := sorted(n for n in recipe.models if n.startswith("cpt"))) != ["cpt"]:
+        raise UserError(f"merge.candidates.{recipe.name}.mergekit: a study of checkpoints puts each in the place of cpt; it names {', '.join(named) or 'no cpt'}")
+    config = {k: v for k, v in recipe.config.items() if recipe.verbatim or k != "dtype"}    # the models' own, where none was asked for
     for step in steps:
         name = "cpt" if step == steps[-1] else f"cpt@{step}"
-        made = dict(name=f"{recipe.name}-at-{step}", mergekit=located(recipe.config, lambda m: name if m == "cpt" else m))
+        made = dict(name=f"{recipe.name}-at-{step}", mergekit=located(config, lambda m: name if m == "cpt" else m))
         arms.append(Arm(name=f"step-{step}", set={"merge.candidates": [made | ({} if recipe.seed is None else {"seeds": [recipe.seed]})]}))
     return arms
 

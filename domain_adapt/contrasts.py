@@ -19,6 +19,7 @@ from .arms import Grid, Law, tokens_asked
 from .flops import flops_per_token, parameters, shape_of
 from .params import Params, Train, UserError
 from .plan import configuration
+from .recipe import located
 from .summary import interval, measures
 from .runs import STAGES, Run, read_lines
 from .schedule import phases
@@ -118,7 +119,9 @@ def _of_scale(results: dict[str, Result]) -> Iterator[Contrast]:
 # %% ../nbs/64_contrasts.ipynb #6db53587
 def merged(params: Params) -> str:
     "The variant that an arm of a study of checkpoints merges: cpt@<step>, or cpt for the last."
-    return next(m["model"] for m in params.merge.candidates[0].mergekit["models"] if m["model"].startswith("cpt"))
+    named = []
+    located(params.merge.candidates[0].mergekit, named.append)
+    return next(n for n in named if n.startswith("cpt"))
 
 def seen(params: Params) -> int:
     "Tokens that this variant has read."

@@ -360,6 +360,29 @@ def test_which_points_the_law_may_use(tmp_path):
     assert points(schedule="cosine") == [20], "a point on the way of a decaying rate is no end"
 
 
+SLICES = {"merge_method": "slerp", "base_model": "original", "parameters": {"t": .5}, "dtype": "float32",
+          "slices": [{"sources": [{"model": m, "layer_range": [0, 2]} for m in ("original", "cpt")]}]}
+
+
+def test_a_merge_of_slices_follows_the_checkpoints_too(tmp_path):
+    few = dict(kind="checkpoints", arms=[], set=SMALL | {"train.export_at": [0.5, 1.0], "merge.candidates": [{"name": "cut", "mergekit": SLICES}]})
+    runs = load_study(written(tmp_path, **few)).runs
+    assert [merged(p) for p in runs.values()] == ["cpt@2", "cpt"] and runs["step-2"].merge.candidates[0].mergekit["dtype"] == "float32"
+    assert [s["model"] for s in runs["step-2"].merge.candidates[0].mergekit["slices"][0]["sources"]] == ["original", "cpt@2"]
+
+
+@pytest.mark.parametrize("names, why", [(("original", "base"), "it names no cpt"), (("cpt", "cpt@2"), "it names cpt, cpt@2")])
+def test_a_merge_that_cannot_follow_the_checkpoints_is_refused(tmp_path, names, why):
+    merge = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": .5}} for m in names]}
+    with pytest.raises(UserError, match=f"study.yaml: merge.candidates.odd.mergekit: a study of checkpoints puts each in the place of cpt; {why}"):
+        load_study(written(tmp_path, kind="checkpoints", arms=[], set=SMALL | {"merge.candidates": [{"name": "odd", "mergekit": merge}]}))
+
+
+def test_a_merge_that_asks_for_no_dtype_is_of_the_models_own(tmp_path):
+    for p in load_study(written(tmp_path, kind="checkpoints", arms=[], set=SMALL | {"train.export_at": [0.5, 1.0]})).runs.values():
+        assert "dtype" not in p.merge.candidates[0].mergekit
+
+
 def test_checkpoints_become_arms_with_their_own_model(tmp_path):
     grid = load_study(written(tmp_path, kind="checkpoints", arms=[], set=SMALL | {"train.steps": 8, "train.export_at": [0.25, 0.5, 1.0]}))
     assert {a: (merged(p), seen(p)) for a, p in grid.runs.items()} == {"step-2": ("cpt@2", 256), "step-4": ("cpt@4", 512), "step-8": ("cpt", 1024)}
