@@ -91,7 +91,7 @@ def _changed(data: dict, changes: dict[str, Any], where: str) -> dict:
     "A copy of a run's YAML with dotted keys set."
     data = copy.deepcopy(data)
     for key, value in changes.items():
-        try: set_key(data, f"{key}={json.dumps(value)}")
+        try: set_key(data, f"{key}={json.dumps(value, default=str)}")
         except UserError as e: raise UserError(f"{where}.set: {str(e).removeprefix('--set ')}") from None
     return data
 
@@ -132,9 +132,18 @@ class Grid:
         "An arm's folder and keys, which take a second to compute, once."
         return self._made.setdefault(arm, Run(self.runs[arm]))
 
+def _check_overrides(study: Study, overrides: tuple[str, ...]) -> None:
+    "Raise `UserError` where an arm sets an override's key, or one above or below it, itself."
+    over = lambda a, b: f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
+    for key in (o.partition("=")[0] for o in overrides):
+        if arms := [a.name for a in study.arms if any(over(key, k) for k in a.set)]:
+            raise UserError(f"--set {key}: arms {', '.join(arms)} of the study set it themselves; change it there")
+
 def load_study(path: str | Path, overrides: tuple[str, ...] = ()) -> Grid:
     "The study of a YAML file with its arms; `overrides` (`key=value`) are of every arm. Raises `UserError`."
-    study, data, path = read_study(path), base_of(path, overrides), Path(path)
+    study, path = read_study(path), Path(path)
+    _check_overrides(study, overrides)
+    data = base_of(path, overrides)
     wrong, runs = [], {}
     made = lambda arm: validate(_changed(data, arm.set, f"{path}: arms.{arm.name}") | {"run": f"{study.study}-{arm.name}"}, f"{path}: arms.{arm.name}")
     try: arms = study.arms or _merges(validate(data | {"run": study.study}, f"{path}: base"))

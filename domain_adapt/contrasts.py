@@ -213,7 +213,7 @@ def arms_table(grid: Grid, results: dict[str, Result], failed: dict[str, str], c
                          flops=flops(p),
                          process_seconds=process_seconds(r) if r else np.nan,
                          seconds=mine["seconds"].sum() if r else np.nan, own_seconds=mine.loc[~mine["shared"].astype(bool), "seconds"].sum() if r else np.nan,
-                         model=p.model, parameters=parameters(shape_of(config))["total"] if config else None, changes=json.dumps(arm.set),
+                         model=p.model, parameters=parameters(shape_of(config))["total"] if config else None, changes=json.dumps(arm.set, default=str),
                          error=failed.get(arm.name, "")))
     return pd.DataFrame(rows)
 

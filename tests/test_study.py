@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +69,19 @@ def written(folder: Path, **more) -> Path:
 def test_a_yaml_that_is_wrong_is_refused_by_key(tmp_path, more, why):
     with pytest.raises(UserError) as e: load_study(written(tmp_path, **more))
     assert why in str(e.value) and "study.yaml" in str(e.value) or "absent" in why
+
+
+@pytest.mark.parametrize("override", ["tokens.replay=0.1", "tokens={}", "tokens.replay.x=1"])
+def test_what_arms_set_themselves_is_not_overridden_in_silence(tmp_path, override):
+    file = written(tmp_path, arms=[*TWO, dict(name="other", set={"train.lr": .001})])
+    with pytest.raises(UserError, match=f"^--set {override.partition('=')[0]}: arms none, half of the study set it themselves; change it there$"): load_study(file, (override,))
+    assert load_study(file, ("train.steps=9",)).runs["half"].train.steps == 9
+
+
+def test_a_date_in_a_study_is_a_text(tmp_path):
+    grid = load_study(written(tmp_path, set=SMALL | {"report.title": date(2024, 5, 1)}, arms=[TWO[0], dict(name="b", set={"report.title": date(2024, 5, 2)})]))
+    assert [p.report.title for p in grid.runs.values()] == ["2024-05-01", "2024-05-02"]
+    assert arms_table(grid, {}, {}, pd.DataFrame(columns=["arm", "stage", "seconds", "shared"]))["changes"].iloc[1] == '{"report.title": "2024-05-02"}'
 
 
 def test_no_code_in_the_yaml(tmp_path):
