@@ -23,7 +23,7 @@ from conftest import ROOT
 from test_browser import SIZES, chromium, opened    # noqa: F401
 from domain_adapt import law, stats
 from domain_adapt.arms import ENOUGH, Arm, Grid, Law, Study, is_study, load_study, rules, sequences
-from domain_adapt.contrasts import Result, arms_table, contrasts, curve, effects, law_points, law_tables, marginal, merged, ordered, process_seconds, seen
+from domain_adapt.contrasts import Result, arms_table, contrasts, curve, effects, flops, law_points, law_tables, marginal, merged, ordered, process_seconds, seen
 from domain_adapt.params import UserError, load_params
 from domain_adapt.summary import measures
 from domain_adapt.runs import Run
@@ -134,6 +134,20 @@ def test_a_preset_has_nothing_wrong(path):
     assert is_study(path) and grid.study.study == path.stem
     assert problems(grid, recipe=True) == []
     assert bool(grid.study.slurm) == path.stem.endswith("_cluster")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "merge_methods", "scale"])
+def test_an_array_that_waits_for_training_holds_no_gpu_and_has_room_to_merge(name):
+    grid = load_study(ROOT / f"params/studies/{name}_cluster.yaml")
+    slurm, biggest = grid.study.slurm, 4 * 70.6e9
+    assert not {"gres", "exclusive"} & set(slurm.options) and slurm.memory_gb * int(slurm.options["cpus-per-task"]) * 1e9 > 2 * biggest
+    for p in grid.runs.values():
+        assert p.train.launcher != "local" and "gpu:8" == p.evaluate.slurm.options["gres"] and all(s.limit == 1 for s in p.evaluate.suites.values())
+
+
+def test_the_last_step_of_scale_is_the_dearest():
+    runs = load_study(ROOT / "params/studies/scale_cluster.yaml").runs
+    assert list(ordered({a: SimpleNamespace(params=p) for a, p in runs.items()})) == list(runs) and flops(runs["70B-1.3G"]) > 1.5 * flops(runs["8B-5G"])
 
 
 def test_the_presets_share_the_quickstarts_stages():
