@@ -7,12 +7,12 @@ __all__ = ['app', 'File', 'Sets', 'run', 'check_command', 'study_command', 'plan
            'publish_command', 'main']
 
 # %% ../nbs/71_cli.ipynb #5a0fe65f
-import errno, sys
+import errno, sys, traceback
 from pathlib import Path
 from typing import Annotated
 import typer
 from rich.console import Console
-from .params import UserError, load_params
+from .params import UserError, hidden, load_params
 from .runs import STAGES, outputs
 
 # %% ../nbs/71_cli.ipynb #4a826691
@@ -156,9 +156,9 @@ def main() -> None:
     "Entry point of `domain-adapt`."
     try: app()
     except UserError as e: message, code = str(e), getattr(e, "code", 2)
-    except OSError as e:
-        if e.errno != errno.ENOSPC: raise
-        message, code = f"{outputs()}: the disk is full; free some space and run again", 2
+    except Exception as e:
+        full = isinstance(e, OSError) and e.errno == errno.ENOSPC
+        message, code = (f"{outputs()}: the disk is full; free some space and run again", 2) if full else (hidden(traceback.format_exc()), 1)
     else: return
     print(f"error: {message}" if code == 2 else message, file=sys.stderr)
     sys.exit(code)

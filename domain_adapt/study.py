@@ -16,7 +16,7 @@ from rich.console import Console
 from .arms import Grid, base_of, load_study, rules
 from .flops import shape_of
 from .models import usable_cores
-from .params import Params, UserError, load_params
+from .params import Params, UserError, hidden, load_params
 from .pipeline import check, execute
 from .plan import configuration, memory
 from .runs import ROOT, STAGES, Run, Stage, die_with_parent, digest, enter, locked, note_done, outputs, write_json, write_text
@@ -78,8 +78,9 @@ def work(folder: str, arm: str, until: str = LAST) -> None:
     try: walk(params, until)
     except Exception as e:
         if hasattr(e, "code"): raise KeyboardInterrupt from None    # training was stopped and has saved
-        write_json(note, dict(ended="failed", error=str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"))
-        print(f"  failed: {e}", flush=True)
+        why = str(e) if isinstance(e, UserError) else hidden(f"{type(e).__name__}: {e}")
+        write_json(note, dict(ended="failed", error=why))
+        print(f"  failed: {why}", flush=True)
     else:
         if until == LAST: write_json(note, dict(ended="done"))
 

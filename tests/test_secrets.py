@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from conftest import ROOT, TINY_YAML
+from domain_adapt import study
 from domain_adapt.runs import notebook_path
 
 PLANTED = {"AWS_ACCESS_KEY_ID": "AKIAPLANTEDPLANTED00", "AWS_SECRET_ACCESS_KEY": "planted/aws+secret", "HF_TOKEN": "hf_plantedplantedplanted1",
@@ -59,6 +60,26 @@ def test_what_fails_quotes_no_secret(tmp_path, cli, sets, says):
 
 
 @pytest.mark.fault
+def test_a_traceback_of_the_command_line_hides_an_address(tmp_path):
+    "botocore's own error on an address with an underscore in its host."
+    done = subprocess.run([sys.executable, "-c", "from domain_adapt import cli\ndef app(): raise ValueError('Invalid endpoint: http://jo:PASSWORD@my_minio:9000')\n"
+                           "cli.app = app\ncli.main()"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback (most recent call last):\n")
+    assert done.stderr.rstrip().endswith("\nValueError: Invalid endpoint: http://***@my_minio:9000") and "PASSWORD" not in said(done)
+
+
+def test_the_note_of_a_failed_arm_hides_an_address(tmp_path, monkeypatch, capsys):
+    def broken(params, until): raise ValueError("Invalid endpoint: http://jo:PASSWORD@my_minio:9000")
+    monkeypatch.setattr(study, "walk", broken)
+    monkeypatch.setattr(study.signal, "signal", lambda *_: None)
+    (tmp_path / "arms").mkdir()
+    (tmp_path / "arms/a.yaml").write_text((ROOT / TINY_YAML).read_text())
+    study.work(str(tmp_path), "a")
+    why = "ValueError: Invalid endpoint: http://***@my_minio:9000"
+    assert json.loads((tmp_path / "arms/a.json").read_text()) == dict(ended="failed", error=why) and capsys.readouterr().out == f"  failed: {why}\n"
+
+
+@pytest.mark.fault
 def test_a_notebook_that_prints_and_raises_secrets_keeps_none(tmp_path):
     cells = [nbformat.v4.new_code_cell(f"import os, sys\nfor name in {[*PLANTED, *PLACES]!r}: print(name, os.environ[name]); print(os.environ[name], file=sys.stderr)"),
              nbformat.v4.new_code_cell("os.environ['HF_TOKEN'], {'all': dict(os.environ)}"),
@@ -67,7 +88,7 @@ def test_a_notebook_that_prints_and_raises_secrets_keeps_none(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernelspec)), tmp_path / "in.ipynb")
     done = subprocess.run([sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb"], cwd=tmp_path, text=True, capture_output=True,
                           env=os.environ | PLANTED | PLACES)
-    assert done.returncode == 1 and "ValueError" in done.stderr.splitlines()[-1] + done.stderr
+    assert done.returncode == 1 and done.stderr.rstrip().splitlines()[-1].startswith("ValueError: ")
     executed = (tmp_path / "out.ipynb").read_text()
     assert "HF_TOKEN ***" in executed and "http://***@127.0.0.1:9" in executed and '"ename": "ValueError"' in executed
     assert not leaks(tmp_path) and not [s for s in HIDDEN if s in said(done)]
