@@ -221,9 +221,14 @@ def _aligned(e: Evidence) -> Finding | None:
     return Finding("cosine of the weights of CPT and the original; counted, not sampled; holds above 0.99", c, c, c, "", _counted_weights(t),
                    "holds" if c > .99 else "fails")
 
+def _apart(e: Evidence, a: str, b: str) -> bool:
+    "Whether two models were trained apart: training here goes on from the original, so its checkpoints are of one road."
+    if not all(v == "original" or v.startswith("cpt") for v in (a, b)): return True
+    return {a, b} == {"original", "cpt"} and bool(e.params.train.checkpoint)
+
 def _orthogonal(e: Evidence) -> Finding | None:
     t = e.geometry.dropna(subset=["cosine_of_task_vectors"]) if len(e.geometry) else e.geometry
-    if len(t): t = t[~(t["model"].str.startswith("cpt") & t["against"].str.startswith("cpt"))]    # two points of one road
+    t = t[[_apart(e, *pair) for pair in t[["model", "against"]].to_numpy()]] if len(t) else t
     if t.empty: return None
     c = float(t["cosine_of_task_vectors"].iloc[0])
     two = f"{t['model'].iloc[0]} and {t['against'].iloc[0]}"
@@ -258,7 +263,8 @@ CLAIMS = [
     Claim("The merge restores the finishing of answers", SEC, _finished, "evaluate.chat and a chosen merge"),
     Claim("CPT hardly turns the weights: their cosine is near 1", CASE, _aligned, "the merge stage"),
     Claim("So SLERP equals linear", CASE, _slerp, "candidates slerp and linear with t = weight"),
-    Claim("Task vectors of different trainings are nearly orthogonal", CASE, _orthogonal, "two models over one base: base, or merge.models"),
+    Claim("Task vectors of different trainings are nearly orthogonal", CASE, _orthogonal,
+          "two trainings over one base: base and train.checkpoint, or merge.models without base and earlier checkpoints"),
     Claim("So TIES has no edge over linear", CASE, _ties, "candidates ties and linear of one weight"),
     Claim("DARE-TIES is like TIES", CASE, _dare, "candidates dare_ties and ties of one weight"),
     Claim("Lower densities help", CASE, _trimmed, "merge.landscape.densities"),

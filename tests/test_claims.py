@@ -11,7 +11,8 @@ from hypothesis import given, strategies as st
 
 import made_run
 from domain_adapt import provenance
-from domain_adapt.claims import CLAIMS, Evidence, below, claims, claims_sentence, moved, same
+from domain_adapt.claims import CLAIMS, Evidence, Finding, below, claims, claims_sentence, moved, same
+from domain_adapt.runs import write_csv
 from domain_adapt.summary import summarise, read_tables
 
 ends = st.floats(-5, 5).flatmap(lambda a: st.floats(0, 5).map(lambda w: (a, a + w)))
@@ -39,7 +40,7 @@ def test_what_is_not_known_is_not_decided():
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> tuple[pd.DataFrame, dict]:
     "The claims of a made-up run, by their text, and its summary."
-    params, folders = made_run.make(tmp_path_factory.mktemp("claims"))
+    params, folders = made_run.make(tmp_path_factory.mktemp("claims"), books=False)
     summary = summarise(params, folders, read_tables(folders))
     return claims(Evidence(params, folders, summary["winner"])).set_index("claim"), summary
 
@@ -65,7 +66,7 @@ def test_values_are_those_of_the_summary(found):
 
 def test_the_mean_of_scores_is_that_of_the_paired_differences(found, tmp_path):
     table, _ = found
-    compared = pd.read_csv(made_run.make(tmp_path)[1]["evaluate"] / "comparisons.csv").query("variant == 'cpt' and against == 'original'")
+    compared = pd.read_csv(made_run.make(tmp_path, books=False)[1]["evaluate"] / "comparisons.csv").query("variant == 'cpt' and against == 'original'")
     row = table.loc["CPT lowers general scores"]
     assert row["value"] == pytest.approx(100 * compared["difference"].mean()) and row["n"] == f"{len(compared)} tasks"
     assert table.loc["The merge recovers general scores", "verdict"] == "cannot tell"    # nothing was lost for certain
@@ -81,22 +82,41 @@ def _sure(folders: dict[str, Path], difference: float) -> None:
 
 @pytest.mark.parametrize("difference, fell, recovered", [(-.1, "holds", "holds"), (.1, "fails", "cannot tell")])
 def test_scores_that_fell_for_certain_can_be_recovered(tmp_path, difference, fell, recovered):
-    params, folders = made_run.make(tmp_path)
+    params, folders = made_run.make(tmp_path, books=False)
     _sure(folders, difference)
     table = claims(Evidence(params, folders, made_run.KEPT[0])).set_index("claim")["verdict"]
     assert (table["CPT lowers general scores"], table["The merge recovers general scores"]) == (fell, recovered)
 
 
-def test_two_checkpoints_of_one_road_are_not_two_trainings(tmp_path):
-    params, folders = made_run.make(tmp_path)
-    def told(pairs):
-        t = made_run.geometry(pairs)
-        every = t.groupby(["model", "against"], sort=False, as_index=False).first().assign(module="all", layer=np.nan, cosine_of_task_vectors=.02)
-        pd.concat([t, every]).to_csv(folders["merge"] / "geometry.csv", index=False)
-        return claims(Evidence(params, folders, None)).set_index("claim").loc["Task vectors of different trainings are nearly orthogonal"]
-    assert np.isnan(told([("cpt@20", "cpt")])["value"])
-    other = told([("chat", "cpt")])
-    assert other["value"] == .02 and other["verdict"] == "holds"
+def judged(at: Path, claim: str, winner: str | None = "merge:m", params=None, **tables: pd.DataFrame) -> Finding | None:
+    "What a claim is found to be on a run that has nothing but these tables, named <stage>_<table>."
+    for name, table in tables.items():
+        stage, _, file = name.partition("_")
+        write_csv(at / stage / f"{file}.csv", table)
+    folders = {stage: at / stage for stage in ("merge", "evaluate")}
+    return next(c for c in CLAIMS if c.text == claim).find(Evidence(params or made_run.params(), folders, winner))
+
+
+def angles(*pairs: tuple[str, str], weights: float = .999, task_vectors: float = .02) -> pd.DataFrame:
+    return pd.DataFrame([dict(model=m, against=a, module="all", parameters=1000, cosine_of_weights=weights,
+                              cosine_of_task_vectors=task_vectors) for m, a in pairs])
+
+
+APART = "Task vectors of different trainings are nearly orthogonal"
+
+
+@pytest.mark.parametrize("pair, checkpoint, told", [
+    (("original", "cpt"), None, False), (("original", "cpt"), "elsewhere", True), (("cpt", "cpt@20"), None, False),
+    (("cpt", "cpt@20"), "elsewhere", False), (("original", "cpt@20"), None, False), (("cpt", "chat"), None, True)])
+def test_two_points_of_one_road_are_not_two_trainings(tmp_path, pair, checkpoint, told):
+    p = made_run.params()
+    p = p.model_copy(update=dict(train=p.train.model_copy(update=dict(checkpoint=checkpoint))))
+    f = judged(tmp_path, APART, params=p, merge_geometry=angles(pair))
+    assert (f is not None) == told and (not told or (f.value, f.verdict) == (.02, "holds"))
+
+
+def test_task_vectors_at_an_angle_are_not_orthogonal(tmp_path):
+    assert judged(tmp_path, APART, merge_geometry=angles(("cpt", "chat"), task_vectors=.4)).verdict == "fails"
 
 
 @pytest.mark.oracle
