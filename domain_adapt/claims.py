@@ -190,25 +190,28 @@ def _pair(e: Evidence, a: str, b: str, measure: str, verdict: Callable[[float, f
     n = sum(blocks["variant"] == f"merge:{a}")
     return Finding(measure, p.difference, p.ci_low, p.ci_high, "bits per byte", f"{n:,} blocks, those of the choice", verdict(p.ci_low, p.ci_high))
 
-def _at_equal_weight(e: Evidence, ours: tuple[str, ...], key: str, theirs: tuple[str, ...]) -> tuple[str, str] | None:
-    "The first candidate of some methods that has its like, at equal weight, among others; None where there is no such pair."
-    plain = _methods(e, theirs)
-    for _, r in _methods(e, ours).iterrows():
-        for _, other in plain.iterrows():
-            if json.dumps(r["settings"].get(key)) == json.dumps(other["settings"].get("weight")): return r["name"], other["name"]
-    return None
+def _density(r: pd.Series) -> float:
+    "A candidate's density; a list of them, by depth or module, comes after any number."
+    density = r["settings"].get("density", 1.0)
+    return density if isinstance(density, float | int) else -1.0
+
+def _alike(e: Evidence, ours: str, theirs: tuple[str, ...], *keys: tuple[str, str]) -> tuple[str, str] | None:
+    "The densest candidate of a method and its like among others, equal in all settings `keys` (ours, theirs); None where there is none."
+    equal = lambda r, other: all(r["settings"].get(a) is not None and r["settings"].get(a) == other["settings"].get(b) for a, b in keys)
+    pairs = [(r, other) for _, r in _methods(e, (ours,)).iterrows() for _, other in _methods(e, theirs).iterrows() if equal(r, other)]
+    return tuple(r["name"] for r in max(pairs, key=lambda p: _density(p[0]))) if pairs else None
 
 def _slerp(e: Evidence) -> Finding | None:
-    if not (pair := _at_equal_weight(e, ("slerp",), "t", ("linear", "task_arithmetic"))): return None
+    if not (pair := _alike(e, "slerp", ("linear", "task_arithmetic"), ("t", "weight"))): return None
     return _pair(e, *pair, f"{pair[0]} less {pair[1]}; the same within {SAME_BITS:g}", lambda low, high: same(low, high, SAME_BITS))
 
 def _ties(e: Evidence) -> Finding | None:
-    if not (pair := _at_equal_weight(e, ("ties",), "weight", ("linear", "task_arithmetic"))): return None
+    if not (pair := _alike(e, "ties", ("linear", "task_arithmetic"), ("weight", "weight"))): return None
     no_edge = lambda low, high: "holds" if low >= -SAME_BITS else "fails" if high < -SAME_BITS else "cannot tell"
     return _pair(e, *pair, f"{pair[0]} less {pair[1]}; an edge is more than {SAME_BITS:g} less", no_edge)
 
 def _dare(e: Evidence) -> Finding | None:
-    if not (pair := _at_equal_weight(e, ("dare_ties",), "weight", ("ties",))): return None
+    if not (pair := _alike(e, "dare_ties", ("ties",), ("weight", "weight"), ("density", "density"))): return None
     return _pair(e, *pair, f"{pair[0]} less {pair[1]}; the same within {SAME_BITS:g}", lambda low, high: same(low, high, SAME_BITS))
 
 # %% ../nbs/62_claims.ipynb #63c2b269
@@ -266,7 +269,7 @@ CLAIMS = [
     Claim("Task vectors of different trainings are nearly orthogonal", CASE, _orthogonal,
           "two trainings over one base: base and train.checkpoint, or merge.models without base and earlier checkpoints"),
     Claim("So TIES has no edge over linear", CASE, _ties, "candidates ties and linear of one weight"),
-    Claim("DARE-TIES is like TIES", CASE, _dare, "candidates dare_ties and ties of one weight"),
+    Claim("DARE-TIES is like TIES", CASE, _dare, "candidates dare_ties and ties of one weight and density"),
     Claim("Lower densities help", CASE, _trimmed, "merge.landscape.densities"),
     Claim("The merge beats both of its parents on general text", CASE, _beats_parents, "a chosen merge and held-out general text"),
     Claim("Better checkpoints merge better", CASE, ANOTHER, "several merged checkpoints: domain-adapt study params/studies/checkpoints.yaml"),

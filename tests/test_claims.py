@@ -102,6 +102,37 @@ def angles(*pairs: tuple[str, str], weights: float = .999, task_vectors: float =
                               cosine_of_task_vectors=task_vectors) for m, a in pairs])
 
 
+def swept(**candidates: tuple[str, dict, float]) -> dict[str, pd.DataFrame]:
+    "The merge stage's sweep.csv and blocks.csv of candidates: method, settings and bits per byte."
+    rng = np.random.default_rng(0)
+    rows = [dict(variant=f"merge:{n}", corpus=c, kind=k, document=str(d), block=0, half="select", bytes=4000, nll=4000 * np.log(2) * (bits + level))
+            for c, k in (("sec", "domain"), ("wiki", "general")) for d, level in enumerate(rng.normal(0, .1, 30))
+            for n, (*_, bits) in candidates.items()]
+    sweep = pd.DataFrame([dict(name=n, method=m, parameters=json.dumps(s)) for n, (m, s, _) in candidates.items()])
+    return dict(merge_sweep=sweep, merge_blocks=pd.DataFrame(rows))
+
+
+@pytest.mark.parametrize("bits, slerp, ties, dare", [(1, "holds", "holds", "holds"), (1.01, "fails", "holds", "fails"), (.99, "fails", "fails", "fails")])
+def test_merges_are_held_against_their_like(tmp_path, bits, slerp, ties, dare):
+    at = lambda method, **settings: (method, settings, bits)
+    plain, whole = ("linear", dict(weight=.5), 1), ("ties", dict(weight=.5, density=.9), 1)
+    for claim, verdict, tried in (("So SLERP equals linear", slerp, dict(plain=plain, other=at("slerp", t=.5))),
+                                  ("So TIES has no edge over linear", ties, dict(plain=plain, other=at("ties", weight=.5, density=.9))),
+                                  ("DARE-TIES is like TIES", dare, dict(plain=whole, other=at("dare_ties", weight=.5, density=.9)))):
+        f = judged(tmp_path / claim, claim, **swept(**tried))
+        assert (f.verdict, f.value) == (verdict, pytest.approx(bits - 1)) and f.measure.startswith("other less plain")
+
+
+def test_only_merges_of_equal_weight_and_density_are_alike(tmp_path):
+    dare, ties, plain = (dict(weight=.5, density=.5), dict(weight=.5, density=.1), dict(weight=.5))
+    tables = swept(dare=("dare_ties", dare, 1), thin=("ties", ties, 1), plain=("linear", plain, 1), own=("ties", dict(cpt=dict(weight=.5)), 1),
+                   own_dare=("dare_ties", dict(cpt=dict(weight=.3)), 1), own_linear=("linear", dict(cpt=dict(weight=.3)), 1))
+    assert judged(tmp_path / "unlike", "DARE-TIES is like TIES", **tables) is None
+    more = swept(thin=("ties", ties, 1), thick=("ties", dict(weight=.5, density=.7), 1), bent=("ties", dict(weight=.5, density=[.9, .9]), 1),
+                 plain=("linear", plain, 1))
+    assert judged(tmp_path / "densest", "So TIES has no edge over linear", **more).measure.startswith("thick less plain")
+
+
 APART = "Task vectors of different trainings are nearly orthogonal"
 
 
