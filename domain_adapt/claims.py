@@ -217,8 +217,13 @@ def _dare(e: Evidence) -> Finding | None:
 # %% ../nbs/62_claims.ipynb #63c2b269
 def _counted_weights(t: pd.DataFrame) -> str: return f"all {int(t['parameters'].iloc[0]):,} weights"
 
+def _ends(e: Evidence) -> pd.DataFrame:
+    "The row of CPT and the original, whichever is named first."
+    t = e.geometry
+    return t[[set(pair) == {"cpt", "original"} for pair in t[["model", "against"]].to_numpy()]] if len(t) else t
+
 def _aligned(e: Evidence) -> Finding | None:
-    t = e.geometry[e.geometry["model"] == "cpt"] if len(e.geometry) else e.geometry
+    t = _ends(e)
     if t.empty: return None
     c = float(t["cosine_of_weights"].iloc[0])
     return Finding("cosine of the weights of CPT and the original; counted, not sampled; holds above 0.99", c, c, c, "", _counted_weights(t),

@@ -146,6 +146,13 @@ def test_two_points_of_one_road_are_not_two_trainings(tmp_path, pair, checkpoint
     assert (f is not None) == told and (not told or (f.value, f.verdict) == (.02, "holds"))
 
 
+@pytest.mark.parametrize("cosine, verdict", [(.999, "holds"), (.9, "fails")])
+def test_the_weights_are_those_of_cpt_and_the_original(tmp_path, cosine, verdict):
+    t = pd.concat([angles(("original", "base"), ("cpt", "base"), weights=.5), angles(("original", "cpt"), weights=cosine)])
+    f = judged(tmp_path, "CPT hardly turns the weights: their cosine is near 1", merge_geometry=t)
+    assert (f.value, f.verdict) == (cosine, verdict)
+
+
 def test_task_vectors_at_an_angle_are_not_orthogonal(tmp_path):
     assert judged(tmp_path, APART, merge_geometry=angles(("cpt", "chat"), task_vectors=.4)).verdict == "fails"
 
