@@ -61,7 +61,7 @@ def test_values_are_those_of_the_summary(found):
     assert row["value"] == pytest.approx(-gain["value"], rel=.02) and row["verdict"] == "holds"    # of means, not the mean of changes
     assert table.loc["The merge keeps what the domain gained", "value"] == pytest.approx(100 * kept["value"])
     rise = table.loc["The perplexity of general text does not rise"]
-    assert rise["value"] == pytest.approx(change["value"], rel=.1) and rise["verdict"] == ("fails" if change["low"] > 0 else rise["verdict"])
+    assert rise["value"] == pytest.approx(change["value"], rel=.1)
 
 
 def test_the_mean_of_scores_is_that_of_the_paired_differences(found, tmp_path):
@@ -131,6 +131,30 @@ def test_only_merges_of_equal_weight_and_density_are_alike(tmp_path):
     more = swept(thin=("ties", ties, 1), thick=("ties", dict(weight=.5, density=.7), 1), bent=("ties", dict(weight=.5, density=[.9, .9]), 1),
                  plain=("linear", plain, 1))
     assert judged(tmp_path / "densest", "So TIES has no edge over linear", **more).measure.startswith("thick less plain")
+
+
+def read(**bits: tuple[float, ...]) -> dict[str, pd.DataFrame]:
+    "The evaluate stage's blocks.csv of variants (`merge` is merge:m, `early` cpt@20): bits per byte of domain, then of general text."
+    rng, named = np.random.default_rng(0), dict(merge="merge:m", early="cpt@20")
+    return dict(evaluate_blocks=pd.DataFrame([
+        dict(variant=named.get(v, v), corpus=c, kind=made_run.KINDS[c], half="report", document=str(d), block=0, tokens=1000, bytes=4000,
+             nll=4000 * np.log(2) * b * level)
+        for i, c in enumerate(("sec", "wiki")) for d, level in enumerate(rng.normal(1, .1, 30)) for v, both in bits.items()
+        for b in [both[i] * rng.normal(1, 1e-4)]]))
+
+
+TEXT = [("CPT lowers the perplexity of domain text", dict(original=(1, 1), cpt=(.9, 1)), dict(original=(1, 1), cpt=(1.1, 1))),
+        ("The perplexity of general text does not rise", dict(original=(1, 1), cpt=(1, 1.005)), dict(original=(1, 1), cpt=(1, 1.02))),
+        ("More tokens of CPT lower it further", dict(original=(1, 1), early=(.95, 1), cpt=(.9, 1)), dict(original=(1, 1), early=(.9, 1), cpt=(.95, 1))),
+        ("The merge keeps what the domain gained", dict(original=(1, 1), cpt=(.9, 1), merge=(.92, 1)), dict(original=(1, 1), cpt=(.9, 1), merge=(.98, 1))),
+        ("The merge reads general text better than CPT", dict(original=(1, 1), cpt=(.9, 1.02), merge=(.9, 1)), dict(original=(1, 1), cpt=(.9, 1), merge=(.9, 1.02))),
+        ("The merge beats both of its parents on general text", dict(original=(1, 1), cpt=(.9, 1.02), merge=(.9, .99)),
+         dict(original=(1, 1), cpt=(.9, 1.02), merge=(.9, 1.01)))]
+
+
+@pytest.mark.parametrize("claim, holds, fails", TEXT)
+def test_claims_on_text_are_told_both_ways(tmp_path, claim, holds, fails):
+    assert [judged(tmp_path / v, claim, **read(**bits)).verdict for v, bits in (("holds", holds), ("fails", fails))] == ["holds", "fails"]
 
 
 APART = "Task vectors of different trainings are nearly orthogonal"
