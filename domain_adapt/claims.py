@@ -17,8 +17,9 @@ import pandas as pd
 from .figures import reported
 from .params import Params
 from .runs import read_lines
-from .stats import ORTHOGONAL, POWER, SAME_BITS, by_kind, interval, mcnemar, paired, read_blocks, retention
+from .stats import ORTHOGONAL, POWER, SAME_BITS, by_kind, draws, interval, mcnemar, paired, read_blocks
 from .suites import configs
+from .summary import measures
 
 # %% ../nbs/62_claims.ipynb #62cd4843
 @dataclass(frozen=True)
@@ -63,12 +64,18 @@ class Evidence:
     def reported(self) -> pd.DataFrame: return reported(read_blocks(self.folders["evaluate"] / "blocks.csv"))
     @cached_property
     def bits(self) -> dict[str, dict[str, np.ndarray]]:
-        "Draws of bits per byte of each variant by kind of text, on the blocks no choice was made on."
-        known = self.reported["corpus"].isin(self.params.kinds)
-        return by_kind(self.reported[known], self.params.seed)
+        "Draws of bits per byte by corpus and variant, on the blocks no choice was made on."
+        return draws(self.reported, self.params.seed)
+    @cached_property
+    def measured(self) -> dict[str, dict[str, np.ndarray]]:
+        "Draws of every measure of the summary."
+        return measures(self.bits, self.params.kinds)
+    def of(self, kind: str) -> list[dict[str, np.ndarray]]:
+        "`bits` of each of the run's corpora of a kind."
+        return [b for c, b in self.bits.items() if self.params.kinds.get(c) == kind]
     @cached_property
     def tried(self) -> dict[str, dict[str, np.ndarray]]:
-        "The same of every candidate, on the blocks the choice was made on; empty without merges."
+        "Draws of bits per byte of every candidate by kind of text, on the blocks the choice was made on; empty without merges."
         path = self.folders["merge"] / "blocks.csv"
         return by_kind(read_blocks(path), self.params.seed) if path.is_file() else {}
     @cached_property
@@ -80,19 +87,19 @@ class Evidence:
         return t[t["module"] == "all"] if len(t) else t
 
 # %% ../nbs/62_claims.ipynb #b40330aa
-def _counted(blocks: pd.DataFrame, kind: str) -> str:
-    "How many blocks of how many documents of a kind of text one variant read."
-    one = blocks[(blocks["kind"] == kind) & (blocks["variant"] == blocks["variant"].iloc[0])]
+def _counted(e: Evidence, kind: str) -> str:
+    "How many blocks of how many documents of the run's corpora of a kind one variant read."
+    blocks = e.reported[e.reported["corpus"].map(e.params.kinds) == kind]
+    one = blocks[blocks["variant"] == blocks["variant"].iloc[0]]
     documents = int(one.groupby("corpus")["document"].nunique().sum())
     return f"{len(one):,} blocks of {documents:,} document" + "s" * (documents != 1)
 
 def _change(e: Evidence, kind: str, variant: str | None, against: str, measure: str, verdict: Callable[[float, float], str]) -> Finding | None:
-    "Change in % of a variant's bits per byte; None where it was not measured."
-    by = e.bits.get(kind, {})
-    if variant not in by or against not in by: return None
-    change = (by[variant] / by[against] - 1) * 100
+    "Change in % of a variant's bits per byte, the mean over corpora as in the summary; None where it was not measured."
+    if not (of := e.of(kind)) or not {variant, against} <= of[0].keys(): return None
+    change = np.mean([(b[variant] / b[against] - 1) * 100 for b in of], axis=0)
     low, high = interval(change)
-    return Finding(measure, float(change[0]), low, high, "%", _counted(e.reported, kind), verdict(low, high))
+    return Finding(measure, float(change[0]), low, high, "%", _counted(e, kind), verdict(low, high))
 
 # %% ../nbs/62_claims.ipynb #ec4d1bbd
 SEC, CASE = "SEC", "case study"
@@ -117,18 +124,16 @@ def _merge_restores_text(e: Evidence) -> Finding | None:
     return _change(e, "general", e.winner, "cpt", "bits per byte of general text, the chosen merge against CPT", moved)
 
 def _more_tokens(e: Evidence) -> Finding | None:
-    early = [v for v in e.bits.get("domain", {}) if v.startswith("cpt@")]
+    early = [v for v in e.measured["gain_percent"] if v.startswith("cpt@")]
     return _change(e, "domain", "cpt", early[0], f"bits per byte of domain text, CPT against {early[0]}", moved) if early else None
 
 def _kept(e: Evidence) -> Finding | None:
-    by = e.bits.get("domain", {})
-    if e.winner not in by: return None
-    kept = retention(-by["original"], -by["cpt"], -by[e.winner]) * 100
+    kept = e.measured["retention"].get(e.winner, np.array([np.nan])) * 100
     if not np.isfinite(kept[0]): return None
     low, high = interval(kept)
     verdict = {"holds": "fails", "fails": "holds"}.get(word := below(low, high, 100 * HALF), word)
     return Finding(f"share of CPT's gain that the chosen merge keeps; holds above {HALF:.0%}".replace("%", " %"), float(kept[0]), low, high, "%",
-                   _counted(e.reported, "domain"), verdict)
+                   _counted(e, "domain"), verdict)
 
 # %% ../nbs/62_claims.ipynb #7eac1f27
 def domain_tasks() -> set[str]:
@@ -251,8 +256,7 @@ def _trimmed(e: Evidence) -> Finding | None:
                    r["difference_low"], r["difference_high"], "bits per byte", f"{int(r['tokens']):,} tokens", moved(r["difference_low"], r["difference_high"]))
 
 def _beats_parents(e: Evidence) -> Finding | None:
-    by = e.bits.get("general", {})
-    if e.winner not in by: return None
+    by = e.measured["general_bits_per_byte"]
     parent = min(("original", "cpt"), key=lambda v: by[v][0])
     return _change(e, "general", e.winner, parent, f"bits per byte of general text, the chosen merge against the better parent, {parent}", moved)
 

@@ -57,11 +57,11 @@ def test_every_claim_has_a_row_and_a_verdict(found):
 def test_values_are_those_of_the_summary(found):
     table, s = found
     gain, change, kept = s["gain_percent"]["cpt"], s["general_change_percent"]["cpt"], s["retention"][s["winner"]]
-    row = table.loc["CPT lowers the perplexity of domain text"]
-    assert row["value"] == pytest.approx(-gain["value"], rel=.02) and row["verdict"] == "holds"    # of means, not the mean of changes
-    assert table.loc["The merge keeps what the domain gained", "value"] == pytest.approx(100 * kept["value"])
-    rise = table.loc["The perplexity of general text does not rise"]
-    assert rise["value"] == pytest.approx(change["value"], rel=.1)
+    given = lambda claim: table.loc[claim, ["value", "ci_low", "ci_high"]].tolist()
+    summed = lambda i, scale=1: [scale * i[k] for k in ("value", "low", "high")]
+    assert given("CPT lowers the perplexity of domain text") == pytest.approx([-gain[k] for k in ("value", "high", "low")], rel=1e-12)
+    assert given("The merge keeps what the domain gained") == pytest.approx(summed(kept, 100), rel=1e-12)
+    assert given("The perplexity of general text does not rise") == pytest.approx(summed(change), rel=1e-12)
 
 
 def test_the_mean_of_scores_is_that_of_the_paired_differences(found, tmp_path):
@@ -155,6 +155,16 @@ TEXT = [("CPT lowers the perplexity of domain text", dict(original=(1, 1), cpt=(
 @pytest.mark.parametrize("claim, holds, fails", TEXT)
 def test_claims_on_text_are_told_both_ways(tmp_path, claim, holds, fails):
     assert [judged(tmp_path / v, claim, **read(**bits)).verdict for v, bits in (("holds", holds), ("fails", fails))] == ["holds", "fails"]
+
+
+def test_the_change_is_the_mean_over_the_runs_own_corpora(tmp_path):
+    t = read(original=(1, 1), cpt=(1, 1.1))["evaluate_blocks"]
+    news = t[t["corpus"] == "wiki"].assign(corpus="news")
+    news.loc[news["variant"] == "original", "nll"] *= 3
+    news.loc[news["variant"] == "cpt", "nll"] *= 3 * 1.2 / 1.1
+    other = t[t["corpus"] == "wiki"].assign(corpus="somebody's text", nll=lambda x: x["nll"] ** 1.1)
+    f = judged(tmp_path, "The perplexity of general text does not rise", evaluate_blocks=pd.concat([t, news, other]))
+    assert f.value == pytest.approx((10 + 20) / 2, abs=.02) and f.n == "60 blocks of 60 documents"
 
 
 APART = "Task vectors of different trainings are nearly orthogonal"
