@@ -141,6 +141,12 @@ def domain_tasks() -> set[str]:
     asked = [*configs("finance"), *(c for c in configs("medical") if c["metadata"]["group"] == "medicine")]
     return {c["task"] for c in asked}
 
+def _items(e: Evidence) -> dict[str, str]:
+    "By a task's label the hash of the items it asks: tasks of one hash ask the same questions in two ways."
+    path = e.folders["evaluate"] / "settings.json"
+    asked = json.loads(path.read_text(encoding="utf-8"))["suites"] if path.is_file() else {}
+    return {label: t["items_hash"] for suite in asked.values() for label, t in suite["tasks"].items()}
+
 def _scores(e: Evidence, variant: str | None, against: str, domain: bool) -> tuple[float, float, float, str] | None:
     "Mean difference in points over the tasks of one kind with its interval, and what it rests on; None without such tasks."
     t = e.table("evaluate", "comparisons.csv")
@@ -149,8 +155,9 @@ def _scores(e: Evidence, variant: str | None, against: str, domain: bool) -> tup
     t = t[(t["variant"] == variant) & (t["against"] == against) & ~t["measure"].str.contains("^bits_per_byte/|/mean$")
           & (label.str.split("@").str[0].isin(domain_tasks()) == domain)]
     if t.empty: return None
-    error = t["smallest_detectable"].to_numpy() / POWER
-    mean, half = 100 * t["difference"].mean(), 100 * 1.96 * np.sqrt((error ** 2).sum()) / len(t)
+    items, error = _items(e), t["smallest_detectable"] / POWER
+    error = error.groupby([items.get(name, name) for name in label[t.index]]).agg(lambda x: x.sum(skipna=False))
+    mean, half = 100 * t["difference"].mean(), 100 * 1.96 * np.sqrt((error.to_numpy() ** 2).sum()) / len(t)
     return mean, mean - half, mean + half, f"{len(t)} task" + "s" * (len(t) != 1)
 
 def _points(e: Evidence, variant: str | None, against: str, domain: bool, measure: str, down: bool) -> Finding | None:

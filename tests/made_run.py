@@ -95,7 +95,7 @@ def comparisons(scores: pd.DataFrame) -> pd.DataFrame:
 
 def _evaluated(folder: Path, scores: pd.DataFrame) -> None:
     "What else the evaluate stage leaves; a model says hostile things."
-    tasks = {t: dict(version=1.0, items=100, items_hash="i", fewshot=0, chat_template=False, prompts_hash="p", metrics=[m], main_metric=m,
+    tasks = {t: dict(version=1.0, items=100, items_hash=f"items of {t}", fewshot=0, chat_template=False, prompts_hash="p", metrics=[m], main_metric=m,
                      first_tokens=[1, 2, 3], bos=0) for t, (m, _) in TASKS.items()}
     write_json(folder / "settings.json", dict(dtype="bf16", seed=0, perplexity=dict(max_tokens=16384, block=1024), suites=dict(quick=dict(tasks=tasks))))
     write_csv(folder / "contamination.csv", scores[["variant", "task", "metric", "value"]].assign(items=100, short=3, hit=2, share=2 / 97, value_without=.4))

@@ -12,7 +12,8 @@ from hypothesis import given, strategies as st
 import made_run
 from domain_adapt import provenance
 from domain_adapt.claims import CLAIMS, Evidence, Finding, below, claims, claims_sentence, moved, same
-from domain_adapt.runs import write_csv
+from domain_adapt.runs import write_csv, write_json
+from domain_adapt.stats import POWER
 from domain_adapt.summary import summarise, read_tables
 
 ends = st.floats(-5, 5).flatmap(lambda a: st.floats(0, 5).map(lambda w: (a, a + w)))
@@ -165,6 +166,19 @@ def test_the_change_is_the_mean_over_the_runs_own_corpora(tmp_path):
     other = t[t["corpus"] == "wiki"].assign(corpus="somebody's text", nll=lambda x: x["nll"] ** 1.1)
     f = judged(tmp_path, "The perplexity of general text does not rise", evaluate_blocks=pd.concat([t, news, other]))
     assert f.value == pytest.approx((10 + 20) / 2, abs=.02) and f.n == "60 blocks of 60 documents"
+
+
+def scored(**differences: float) -> dict[str, pd.DataFrame]:
+    "comparisons.csv of tasks by label and difference in score of CPT from the original, each of a standard error of 0.01."
+    return dict(evaluate_comparisons=pd.DataFrame([dict(variant="cpt", against="original", measure=f"{label}/acc", difference=d,
+                                                        smallest_detectable=.01 * POWER) for label, d in differences.items()]))
+
+
+def test_errors_of_tasks_that_ask_the_same_questions_are_not_independent(tmp_path):
+    tasks = {"truthfulqa_mc1": "t", "truthfulqa_mc2": "t", "hellaswag": "h", "hellaswag@chat": "h", "piqa": "p"}
+    write_json(tmp_path / "evaluate" / "settings.json", dict(suites=dict(nous=dict(tasks={k: dict(items_hash=v) for k, v in tasks.items()}))))
+    f = judged(tmp_path, "CPT lowers general scores", **scored(**dict.fromkeys(tasks, -.1)))
+    assert (f.value, f.high - f.value) == (pytest.approx(-10), pytest.approx(1.96 * (2 ** 2 + 2 ** 2 + 1) ** .5 / 5))
 
 
 APART = "Task vectors of different trainings are nearly orthogonal"
