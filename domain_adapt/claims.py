@@ -9,7 +9,7 @@ __all__ = ['SEC', 'CASE', 'RISE', 'HALF', 'ANOTHER', 'CLAIMS', 'COLUMNS', 'Findi
 # %% ../nbs/62_claims.ipynb #ff64f224
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 import numpy as np
@@ -167,10 +167,14 @@ def _points(e: Evidence, variant: str | None, against: str, domain: bool, measur
 def _scores_fall(e: Evidence) -> Finding | None:
     return _points(e, "cpt", "original", False, "mean score of general benchmarks, CPT against the original", True)
 
+def _if_lost(found: Finding, lost: str) -> Finding:
+    "What is found of a recovery, open where `lost`, the verdict on the loss, leaves nothing to recover."
+    if lost == "holds": return found
+    return replace(found, measure=found.measure + "; CPT is not known to have lost any", verdict="cannot tell")
+
 def _scores_recover(e: Evidence) -> Finding | None:
-    found, lost = _points(e, e.winner, "cpt", False, "mean score of general benchmarks, the chosen merge against CPT", False), _scores_fall(e)
-    if not found or lost.verdict == "holds": return found
-    return Finding(found.measure + "; CPT is not known to have lost any", found.value, found.low, found.high, found.unit, found.n, "cannot tell")
+    found = _points(e, e.winner, "cpt", False, "mean score of general benchmarks, the chosen merge against CPT", False)
+    return found and _if_lost(found, _scores_fall(e).verdict)
 
 def _domain_scores(e: Evidence) -> Finding | None:
     return _points(e, "cpt", "original", True, "mean score of domain benchmarks, CPT against the original", False)
@@ -180,10 +184,11 @@ def _finished(e: Evidence) -> Finding | None:
     path = e.folders["evaluate"] / "samples" / "chat.jsonl"
     talk = pd.DataFrame(read_lines(path)) if path.is_file() else pd.DataFrame()
     if talk.empty or e.winner not in set(talk["variant"]): return None
-    a, b = (talk[talk["variant"] == v].set_index(["kind", "prompt"])["stopped"] for v in (e.winner, "cpt"))
-    p = mcnemar(a.to_numpy(bool), b.loc[a.index].to_numpy(bool))
-    return Finding("share of chat answers that come to an end, the chosen merge against CPT", 100 * p.difference, 100 * p.ci_low,
-                   100 * p.ci_high, "points", f"{len(a)} prompts", moved(p.ci_low, p.ci_high, down=False))
+    stopped = talk.pivot(index=["kind", "prompt"], columns="variant", values="stopped").astype(bool)
+    p, lost = (mcnemar(stopped[v], stopped[against]) for v, against in ((e.winner, "cpt"), ("cpt", "original")))
+    found = Finding("share of chat answers that come to an end, the chosen merge against CPT", 100 * p.difference, 100 * p.ci_low,
+                    100 * p.ci_high, "points", f"{len(stopped)} prompts", moved(p.ci_low, p.ci_high, down=False))
+    return _if_lost(found, moved(lost.ci_low, lost.ci_high))
 
 # %% ../nbs/62_claims.ipynb #b9ad057d
 def _methods(e: Evidence, methods: tuple[str, ...]) -> pd.DataFrame:

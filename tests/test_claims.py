@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 import made_run
 from domain_adapt import provenance
 from domain_adapt.claims import CLAIMS, Evidence, Finding, below, claims, claims_sentence, moved, same
-from domain_adapt.runs import write_csv, write_json
+from domain_adapt.runs import write_csv, write_json, write_text
 from domain_adapt.stats import POWER
 from domain_adapt.summary import summarise, read_tables
 
@@ -179,6 +179,14 @@ def test_errors_of_tasks_that_ask_the_same_questions_are_not_independent(tmp_pat
     write_json(tmp_path / "evaluate" / "settings.json", dict(suites=dict(nous=dict(tasks={k: dict(items_hash=v) for k, v in tasks.items()}))))
     f = judged(tmp_path, "CPT lowers general scores", **scored(**dict.fromkeys(tasks, -.1)))
     assert (f.value, f.high - f.value) == (pytest.approx(-10), pytest.approx(1.96 * (2 ** 2 + 2 ** 2 + 1) ** .5 / 5))
+
+
+@pytest.mark.parametrize("original, cpt, merge, verdict", [(20, 9, 18, "holds"), (20, 12, 1, "fails"), (6, 9, 18, "cannot tell"), (20, 9, 10, "cannot tell")])
+def test_answers_that_broke_off_can_be_finished_again(tmp_path, original, cpt, merge, verdict):
+    talk = [dict(variant=v, kind="finance", prompt=f"{i}", stopped=i < n) for v, n in (("original", original), ("cpt", cpt), ("merge:m", merge)) for i in range(20)]
+    write_text(tmp_path / "evaluate" / "samples" / "chat.jsonl", pd.DataFrame(talk).to_json(orient="records", lines=True))
+    f = judged(tmp_path, "The merge restores the finishing of answers")
+    assert (f.value, f.verdict) == (pytest.approx(5 * (merge - cpt)), verdict) and ("not known to have lost" in f.measure) == (original < cpt)
 
 
 APART = "Task vectors of different trainings are nearly orthogonal"
