@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 from .figures import reported
 from .params import Params
 from .runs import read_lines
@@ -263,9 +264,12 @@ def _trimmed(e: Evidence) -> Finding | None:
     t = e.table("merge", "density.csv")
     t = t[(t["model"] == "cpt") & (t["density"] < 1) & (t["kind"] == "domain")] if len(t) else t
     if t.empty: return None
-    r = t.loc[t["density"].idxmin()]
-    return Finding(f"bits per byte of domain text at density {r['density']:g} less that of the whole task vector", r["difference"],
-                   r["difference_low"], r["difference_high"], "bits per byte", f"{int(r['tokens']):,} tokens", moved(r["difference_low"], r["difference_high"]))
+    many = f", the one that decides of {len(t)} tried, its interval widened for their number," if len(t) > 1 else ""
+    wider = norm.ppf(1 - .025 / len(t)) / norm.ppf(.975)
+    low, high = (t["difference"] + (t[f"difference_{end}"] - t["difference"]) * wider for end in ("low", "high"))
+    at = high.idxmin() if (high < 0).any() else low.fillna(-np.inf).idxmin()
+    return Finding(f"bits per byte of domain text at density {t['density'][at]:g}{many} less that of the whole task vector", t["difference"][at],
+                   low[at], high[at], "bits per byte", f"{int(t['tokens'][at]):,} tokens", moved(low[at], high[at]))
 
 def _beats_parents(e: Evidence) -> Finding | None:
     by = e.measured["general_bits_per_byte"]

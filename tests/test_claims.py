@@ -209,6 +209,17 @@ def test_the_weights_are_those_of_cpt_and_the_original(tmp_path, cosine, verdict
     assert (f.value, f.verdict) == (cosine, verdict)
 
 
+@pytest.mark.parametrize("curve, density, verdict", [
+    ({.1: (.02, .01), .5: (-.03, .01)}, .5, "holds"), ({.1: (.02, .01), .5: (.03, .01)}, .1, "fails"), ({.5: (-.02, .01)}, .5, "holds"),
+    ({.1: (.02, .01), .5: (.01, .02)}, .5, "cannot tell"), ({.1: (.02, .01), .5: (-.0105, .01)}, .5, "cannot tell"),
+    ({.1: (np.nan, np.nan), .5: (.02, .01)}, .1, "cannot tell"), ({.1: (np.nan, np.nan)}, .1, "cannot tell")])
+def test_every_lower_density_is_looked_at(tmp_path, curve, density, verdict):
+    t = pd.DataFrame([dict(model="cpt", density=d, kind="domain", tokens=9, difference=x, difference_low=x - half, difference_high=x + half)
+                      for d, (x, half) in ({1.0: (0, 0)} | curve).items()])
+    f = judged(tmp_path, "Lower densities help", merge_density=t)
+    assert f.verdict == verdict and f"at density {density:g}" in f.measure
+
+
 def test_task_vectors_at_an_angle_are_not_orthogonal(tmp_path):
     assert judged(tmp_path, APART, merge_geometry=angles(("cpt", "chat"), task_vectors=.4)).verdict == "fails"
 
