@@ -165,6 +165,7 @@ def _points(e: Evidence, variant: str | None, against: str, domain: bool, measur
     if not (found := _scores(e, variant, against, domain)): return None
     return Finding(measure, *found[:3], "points", found[3], moved(*found[1:3], down=down))
 
+# %% ../nbs/62_claims.ipynb #c41d7a90
 def _scores_fall(e: Evidence) -> Finding | None:
     return _points(e, "cpt", "original", False, "mean score of general benchmarks, CPT against the original", True)
 
@@ -218,6 +219,12 @@ def _alike(e: Evidence, ours: str, theirs: tuple[str, ...], *keys: tuple[str, st
     pairs = [(r, other) for _, r in _methods(e, (ours,)).iterrows() for _, other in _methods(e, theirs).iterrows() if equal(r, other)]
     return tuple(r["name"] for r in max(pairs, key=lambda p: _density(p[0]))) if pairs else None
 
+# %% ../nbs/62_claims.ipynb #5d3c81fa
+def _ends(e: Evidence) -> pd.DataFrame:
+    "The row of `geometry` of CPT and the original, whichever is named first."
+    t = e.geometry
+    return t[[set(pair) == {"cpt", "original"} for pair in t[["model", "against"]].to_numpy()]] if len(t) else t
+
 def _slerp(e: Evidence) -> Finding | None:
     if not (pair := _alike(e, "slerp", ("linear", "task_arithmetic"), ("t", "weight"))): return None
     return _pair(e, *pair, f"{pair[0]} less {pair[1]}; the same within {SAME_BITS:g}", lambda low, high: same(low, high, SAME_BITS))
@@ -225,7 +232,9 @@ def _slerp(e: Evidence) -> Finding | None:
 def _ties(e: Evidence) -> Finding | None:
     if not (pair := _alike(e, "ties", ("linear", "task_arithmetic"), ("weight", "weight"))): return None
     no_edge = lambda low, high: "holds" if low >= -SAME_BITS else "fails" if high < -SAME_BITS else "cannot tell"
-    return _pair(e, *pair, f"{pair[0]} less {pair[1]}; an edge is more than {SAME_BITS:g} less", no_edge)
+    cosine = _ends(e).get("cosine_of_task_vectors", pd.Series()).dropna()
+    told = f"the cosine of the task vectors was {f'{cosine.iloc[0]:.3f}' if len(cosine) else 'not measured'}"
+    return _pair(e, *pair, f"{pair[0]} less {pair[1]}; an edge is more than {SAME_BITS:g} less; {told}", no_edge)
 
 def _dare(e: Evidence) -> Finding | None:
     if not (pair := _alike(e, "dare_ties", ("ties",), ("weight", "weight"), ("density", "density"))): return None
@@ -233,11 +242,6 @@ def _dare(e: Evidence) -> Finding | None:
 
 # %% ../nbs/62_claims.ipynb #63c2b269
 def _counted_weights(t: pd.DataFrame) -> str: return f"all {int(t['parameters'].iloc[0]):,} weights"
-
-def _ends(e: Evidence) -> pd.DataFrame:
-    "The row of CPT and the original, whichever is named first."
-    t = e.geometry
-    return t[[set(pair) == {"cpt", "original"} for pair in t[["model", "against"]].to_numpy()]] if len(t) else t
 
 def _aligned(e: Evidence) -> Finding | None:
     t = _ends(e)
@@ -248,7 +252,7 @@ def _aligned(e: Evidence) -> Finding | None:
 
 def _apart(e: Evidence, a: str, b: str) -> bool:
     "Whether two models were trained apart: training here goes on from the original, so its checkpoints are of one road."
-    if not all(v == "original" or v.startswith("cpt") for v in (a, b)): return True
+    if not all(v in ("original", "cpt") or v.startswith("cpt@") for v in (a, b)): return True
     return {a, b} == {"original", "cpt"} and bool(e.params.train.checkpoint)
 
 def _orthogonal(e: Evidence) -> Finding | None:

@@ -194,7 +194,8 @@ APART = "Task vectors of different trainings are nearly orthogonal"
 
 @pytest.mark.parametrize("pair, checkpoint, told", [
     (("original", "cpt"), None, False), (("original", "cpt"), "elsewhere", True), (("cpt", "cpt@20"), None, False),
-    (("cpt", "cpt@20"), "elsewhere", False), (("original", "cpt@20"), None, False), (("cpt", "chat"), None, True)])
+    (("cpt", "cpt@20"), "elsewhere", False), (("original", "cpt@20"), None, False), (("cpt", "chat"), None, True),
+    (("cpt", "cptx"), None, True)])
 def test_two_points_of_one_road_are_not_two_trainings(tmp_path, pair, checkpoint, told):
     p = made_run.params()
     p = p.model_copy(update=dict(train=p.train.model_copy(update=dict(checkpoint=checkpoint))))
@@ -207,6 +208,15 @@ def test_the_weights_are_those_of_cpt_and_the_original(tmp_path, cosine, verdict
     t = pd.concat([angles(("original", "base"), ("cpt", "base"), weights=.5), angles(("original", "cpt"), weights=cosine)])
     f = judged(tmp_path, "CPT hardly turns the weights: their cosine is near 1", merge_geometry=t)
     assert (f.value, f.verdict) == (cosine, verdict)
+
+
+def test_ties_says_at_what_angle_its_task_vectors_were(tmp_path):
+    tables = swept(plain=("linear", dict(weight=.5), 1), other=("ties", dict(weight=.5, density=.9), 1))
+    told = lambda name, **more: judged(tmp_path / name, "So TIES has no edge over linear", **tables, **more).measure.rpartition("; ")[2]
+    unknown = "the cosine of the task vectors was not measured"
+    assert (told("none"), told("one", merge_geometry=angles(("cpt", "original"), task_vectors=np.nan))) == (unknown, unknown)
+    over_base = pd.concat([angles(("cpt", "base"), task_vectors=np.nan), angles(("original", "cpt"), task_vectors=.97)])
+    assert told("two", merge_geometry=over_base) == "the cosine of the task vectors was 0.970"
 
 
 @pytest.mark.parametrize("curve, density, verdict", [
