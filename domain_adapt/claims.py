@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
-from .figures import reported
+from .figures import minus, reported
 from .params import Params
 from .runs import read_lines
 from .stats import ORTHOGONAL, POWER, SAME_BITS, by_kind, draws, interval, mcnemar, paired, read_blocks
@@ -181,6 +181,12 @@ def _scores_recover(e: Evidence) -> Finding | None:
 def _domain_scores(e: Evidence) -> Finding | None:
     return _points(e, "cpt", "original", True, "mean score of domain benchmarks, CPT against the original", False)
 
+def _merge_domain_scores(e: Evidence) -> Finding | None:
+    found = _points(e, e.winner, "original", True, "mean score of domain benchmarks, the chosen merge against the original", False)
+    if not found: return None
+    value, low, high = map(minus, _scores(e, e.winner, "cpt", True)[:3])
+    return replace(found, measure=f"{found.measure}; against CPT {value} [{low}, {high}]")
+
 # %% ../nbs/62_claims.ipynb #33450259
 def _finished(e: Evidence) -> Finding | None:
     path = e.folders["evaluate"] / "samples" / "chat.jsonl"
@@ -289,6 +295,7 @@ CLAIMS = [
     Claim("CPT lowers general scores", SEC, _scores_fall, "general benchmarks in evaluate.suites"),
     Claim("The merge recovers general scores", SEC, _scores_recover, "general benchmarks and a chosen merge"),
     Claim("CPT raises domain scores", SEC, _domain_scores, "the suite finance or medical"),
+    Claim("The merge raises domain scores", SEC, _merge_domain_scores, "the suite finance or medical and a chosen merge"),
     Claim("The merge keeps what the domain gained", SEC, _kept, "a chosen merge and a gain to keep"),
     Claim("The merge reads general text better than CPT", SEC, _merge_restores_text, "a chosen merge and held-out general text"),
     Claim("The merge restores the finishing of answers", SEC, _finished, "evaluate.chat and a chosen merge"),

@@ -168,16 +168,33 @@ def test_the_change_is_the_mean_over_the_runs_own_corpora(tmp_path):
     assert f.value == pytest.approx((10 + 20) / 2, abs=.02) and f.n == "60 blocks of 60 documents"
 
 
-def scored(**differences: float) -> dict[str, pd.DataFrame]:
-    "comparisons.csv of tasks by label and difference in score of CPT from the original, each of a standard error of 0.01."
-    return dict(evaluate_comparisons=pd.DataFrame([dict(variant="cpt", against="original", measure=f"{label}/acc", difference=d,
-                                                        smallest_detectable=.01 * POWER) for label, d in differences.items()]))
+def scored(*pairs: tuple[str, str, float], tasks=("hellaswag",)) -> dict[str, pd.DataFrame]:
+    "comparisons.csv of variants, against, and their difference in score in each of some tasks, of a standard error of 0.01."
+    return dict(evaluate_comparisons=pd.DataFrame([dict(variant=v, against=a, measure=f"{t}/acc", difference=d, smallest_detectable=.01 * POWER)
+                                                   for v, a, d in pairs for t in tasks]))
+
+
+LOST, MEDICAL = ("cpt", "original", -.1), ("medmcqa", "pubmedqa@chat")
+SCORES = [("CPT lowers general scores", [LOST], ("hellaswag",), "holds"), ("CPT lowers general scores", [("cpt", "original", .1)], ("hellaswag",), "fails"),
+          ("The merge recovers general scores", [LOST, ("merge:m", "cpt", .1)], ("hellaswag",), "holds"),
+          ("The merge recovers general scores", [LOST, ("merge:m", "cpt", -.1)], ("hellaswag",), "fails"),
+          ("CPT raises domain scores", [("cpt", "original", .1)], MEDICAL, "holds"), ("CPT raises domain scores", [LOST], MEDICAL, "fails"),
+          ("The merge raises domain scores", [("merge:m", "original", .1), ("merge:m", "cpt", -.05)], MEDICAL, "holds"),
+          ("The merge raises domain scores", [("merge:m", "original", -.1), ("merge:m", "cpt", .05)], MEDICAL, "fails"),
+          ("The merge raises domain scores", [("merge:m", "original", .1), ("merge:m", "cpt", .1)], ("hellaswag",), None)]
+
+
+@pytest.mark.parametrize("claim, pairs, tasks, verdict", SCORES)
+def test_claims_on_scores_are_told_both_ways(tmp_path, claim, pairs, tasks, verdict):
+    f = judged(tmp_path, claim, **scored(*pairs, tasks=tasks))
+    assert (f and f.verdict) == verdict
+    if verdict and claim.startswith("The merge raises"): assert f"against CPT {'−+'[verdict == 'fails']}5.0 [" in f.measure
 
 
 def test_errors_of_tasks_that_ask_the_same_questions_are_not_independent(tmp_path):
     tasks = {"truthfulqa_mc1": "t", "truthfulqa_mc2": "t", "hellaswag": "h", "hellaswag@chat": "h", "piqa": "p"}
     write_json(tmp_path / "evaluate" / "settings.json", dict(suites=dict(nous=dict(tasks={k: dict(items_hash=v) for k, v in tasks.items()}))))
-    f = judged(tmp_path, "CPT lowers general scores", **scored(**dict.fromkeys(tasks, -.1)))
+    f = judged(tmp_path, "CPT lowers general scores", **scored(LOST, tasks=tasks))
     assert (f.value, f.high - f.value) == (pytest.approx(-10), pytest.approx(1.96 * (2 ** 2 + 2 ** 2 + 1) ** .5 / 5))
 
 
