@@ -67,7 +67,8 @@ def test_values_are_those_of_the_summary(found):
 
 def test_the_mean_of_scores_is_that_of_the_paired_differences(found, tmp_path):
     table, _ = found
-    compared = pd.read_csv(made_run.make(tmp_path, books=False)[1]["evaluate"] / "comparisons.csv").query("variant == 'cpt' and against == 'original'")
+    _, folders = made_run.make(tmp_path, books=False)
+    compared = pd.read_csv(folders["evaluate"] / "comparisons.csv").query("variant == 'cpt' and against == 'original'")
     row = table.loc["CPT lowers general scores"]
     assert row["value"] == pytest.approx(100 * compared["difference"].mean()) and row["n"] == f"{len(compared)} tasks"
     assert table.loc["The merge recovers general scores", "verdict"] == "cannot tell"    # nothing was lost for certain
@@ -113,7 +114,8 @@ def swept(**candidates: tuple[str, dict, float]) -> dict[str, pd.DataFrame]:
     return dict(merge_sweep=sweep, merge_blocks=pd.DataFrame(rows))
 
 
-@pytest.mark.parametrize("bits, slerp, ties, dare", [(1, "holds", "holds", "holds"), (1.01, "fails", "holds", "fails"), (.99, "fails", "fails", "fails")])
+@pytest.mark.parametrize("bits, slerp, ties, dare", [
+    (1, "holds", "holds", "holds"), (1.01, "fails", "holds", "fails"), (.99, "fails", "fails", "fails")])
 def test_merges_are_held_against_their_like(tmp_path, bits, slerp, ties, dare):
     at = lambda method, **settings: (method, settings, bits)
     plain, whole = ("linear", dict(weight=.5), 1), ("ties", dict(weight=.5, density=.9), 1)
@@ -146,9 +148,12 @@ def read(**bits: tuple[float, ...]) -> dict[str, pd.DataFrame]:
 
 TEXT = [("CPT lowers the perplexity of domain text", dict(original=(1, 1), cpt=(.9, 1)), dict(original=(1, 1), cpt=(1.1, 1))),
         ("The perplexity of general text does not rise", dict(original=(1, 1), cpt=(1, 1.005)), dict(original=(1, 1), cpt=(1, 1.02))),
-        ("More tokens of CPT lower it further", dict(original=(1, 1), early=(.95, 1), cpt=(.9, 1)), dict(original=(1, 1), early=(.9, 1), cpt=(.95, 1))),
-        ("The merge keeps what the domain gained", dict(original=(1, 1), cpt=(.9, 1), merge=(.92, 1)), dict(original=(1, 1), cpt=(.9, 1), merge=(.98, 1))),
-        ("The merge reads general text better than CPT", dict(original=(1, 1), cpt=(.9, 1.02), merge=(.9, 1)), dict(original=(1, 1), cpt=(.9, 1), merge=(.9, 1.02))),
+        ("More tokens of CPT lower it further", dict(original=(1, 1), early=(.95, 1), cpt=(.9, 1)),
+         dict(original=(1, 1), early=(.9, 1), cpt=(.95, 1))),
+        ("The merge keeps what the domain gained", dict(original=(1, 1), cpt=(.9, 1), merge=(.92, 1)),
+         dict(original=(1, 1), cpt=(.9, 1), merge=(.98, 1))),
+        ("The merge reads general text better than CPT", dict(original=(1, 1), cpt=(.9, 1.02), merge=(.9, 1)),
+         dict(original=(1, 1), cpt=(.9, 1), merge=(.9, 1.02))),
         ("The merge beats both of its parents on general text", dict(original=(1, 1), cpt=(.9, 1.02), merge=(.9, .99)),
          dict(original=(1, 1), cpt=(.9, 1.02), merge=(.9, 1.01)))]
 
@@ -175,7 +180,8 @@ def scored(*pairs: tuple[str, str, float], tasks=("hellaswag",)) -> dict[str, pd
 
 
 LOST, MEDICAL = ("cpt", "original", -.1), ("medmcqa", "pubmedqa@chat")
-SCORES = [("CPT lowers general scores", [LOST], ("hellaswag",), "holds"), ("CPT lowers general scores", [("cpt", "original", .1)], ("hellaswag",), "fails"),
+SCORES = [("CPT lowers general scores", [LOST], ("hellaswag",), "holds"),
+          ("CPT lowers general scores", [("cpt", "original", .1)], ("hellaswag",), "fails"),
           ("The merge recovers general scores", [LOST, ("merge:m", "cpt", .1)], ("hellaswag",), "holds"),
           ("The merge recovers general scores", [LOST, ("merge:m", "cpt", -.1)], ("hellaswag",), "fails"),
           ("CPT raises domain scores", [("cpt", "original", .1)], MEDICAL, "holds"), ("CPT raises domain scores", [LOST], MEDICAL, "fails"),
@@ -198,9 +204,11 @@ def test_errors_of_tasks_that_ask_the_same_questions_are_not_independent(tmp_pat
     assert (f.value, f.high - f.value) == (pytest.approx(-10), pytest.approx(1.96 * (2 ** 2 + 2 ** 2 + 1) ** .5 / 5))
 
 
-@pytest.mark.parametrize("original, cpt, merge, verdict", [(20, 9, 18, "holds"), (20, 12, 1, "fails"), (6, 9, 18, "cannot tell"), (20, 9, 10, "cannot tell")])
+@pytest.mark.parametrize("original, cpt, merge, verdict", [
+    (20, 9, 18, "holds"), (20, 12, 1, "fails"), (6, 9, 18, "cannot tell"), (20, 9, 10, "cannot tell")])
 def test_answers_that_broke_off_can_be_finished_again(tmp_path, original, cpt, merge, verdict):
-    talk = [dict(variant=v, kind="finance", prompt=f"{i}", stopped=i < n) for v, n in (("original", original), ("cpt", cpt), ("merge:m", merge)) for i in range(20)]
+    stopped = {"original": original, "cpt": cpt, "merge:m": merge}
+    talk = [dict(variant=v, kind="finance", prompt=f"{i}", stopped=i < n) for v, n in stopped.items() for i in range(20)]
     write_text(tmp_path / "evaluate" / "samples" / "chat.jsonl", pd.DataFrame(talk).to_json(orient="records", lines=True))
     f = judged(tmp_path, "The merge restores the finishing of answers")
     assert (f.value, f.verdict) == (pytest.approx(5 * (merge - cpt)), verdict) and ("not known to have lost" in f.measure) == (original < cpt)
