@@ -492,6 +492,7 @@ def mixture(table: pd.DataFrame, dot: str = "drawn", width: float = 7.4) -> Figu
 def perplexity(table: pd.DataFrame, kind: str, width: float = 7.4) -> Figure:
     "Bits per byte with intervals, and token perplexity, on corpora of `kind`. `table`: `perplexity.csv`."
     t = reported(table[table["kind"] == kind])
+    if t.empty: return perplexity(t, kind, width=width)
     corpora, variants = list(dict.fromkeys(t["corpus"])), in_order(t["variant"])
     fig, axes = _panels(corpora, width, .95 + .27 * len(variants))
     looks = markers(variants)
@@ -571,6 +572,7 @@ def checkpoint_table(table: pd.DataFrame) -> pd.DataFrame:
 def checkpoints(table: pd.DataFrame, width: float = 7.4) -> Figure:
     "Bits per byte of every checkpoint over the tokens it has seen, and of the merges. `table`: `perplexity.csv`."
     t = reported(table).dropna(subset=["tokens_seen"])
+    if t.empty: return checkpoints(t, width=width)
     corpora, looks = list(dict.fromkeys(t["corpus"])), markers(in_order(t["variant"]))
     fig, axes = _panels(corpora, width, 2.5, sharey=False)
     last = t["tokens_seen"].max()
@@ -689,7 +691,9 @@ def tradeoff(table: pd.DataFrame, width: float = 7.4) -> Figure:
 @drawing
 def runs_tradeoff(table: pd.DataFrame, width: float = 7.4) -> Figure:
     "Domain gain (%) against general forgetting (%) of the variants of several runs. `table`: `variants.csv` of a comparison."
-    t, shapes = table[table["variant"] != "original"], dict(zip(dict.fromkeys(table["run"]), "oD^sv*P<>h" * 9))
+    t = table[table["variant"] != "original"]
+    if t.empty: return runs_tradeoff(t, width=width)
+    shapes = dict(zip(dict.fromkeys(table["run"]), "oD^sv*P<>h" * 9))
     fig = Chart(width, 4.8 if width > NARROW else 4.6)
     ax = fig.subplots()
     for line in (ax.axhline, ax.axvline): line(0, color=MUTED, lw=.8, alpha=.6)
@@ -901,6 +905,7 @@ def _plane(ax, t: pd.DataFrame, models: list[str]) -> None:
 def plane(table: pd.DataFrame, width: float = 7.4) -> Figure:
     "Bits per byte of linear merges on the plane through three models; star: lowest. `table`: `plane.csv`."
     table = table[np.isfinite(table["bits_per_byte"])]
+    if table.empty: return plane(table, width=width)
     kinds, models = list(dict.fromkeys(table["kind"])), list(table.columns[:3])
     fig, axes = _panels(kinds, width, 3.1)
     for ax, kind in zip(axes, kinds):

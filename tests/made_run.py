@@ -28,11 +28,12 @@ TASKS = {"hellaswag": ("acc_norm", .46), "arc_easy": ("acc_norm", .5), "piqa": (
          "mmlu_econometrics": ("acc", .24)}
 
 
-def params(title: str = "A made-up run") -> Params:
+def params(title: str = "A made-up run", kinds: dict[str, str] = KINDS) -> Params:
     candidates = [dict(name=m, method="linear", weight=.5) for m in MERGES]
     corpora = {c: dict(kind=k, source="sec" if c == "sec" else "general",
-                       path=f"{SECRET}/{c}", heldout=.5) for c, k in KINDS.items()}
+                       path=f"{SECRET}/{c}", heldout=.5) for c, k in kinds.items()}
     return validate(dict(run="made", model="smollm2-135m-instruct", corpora=corpora,
+                         tokens=dict(replay=.05 if "general" in kinds.values() else 0),
                          merge=dict(candidates=candidates), report=dict(title=title)))
 
 
@@ -281,9 +282,20 @@ def _record(stage: str, folder: Path) -> None:
                                            environment=dict(python="3.11"), code={}, files=files))
 
 
-def make(root: Path, title: str = "A made-up run", books: bool = True) -> tuple[Params, dict[str, Path]]:
-    "Folders of a finished run below `root`, all but the report."
-    p, rng = params(title), np.random.default_rng(0)
+def _leave_out(root: Path, kinds: dict[str, str]) -> None:
+    "Take the corpora that are not in `kinds`, and the kinds of text that then nobody has, out of every table."
+    gone = dict(corpus=set(KINDS) - set(kinds), kind=set(KINDS.values()) - set(kinds.values()))
+    for file in root.rglob("*.csv"):
+        t = pd.read_csv(file)
+        for column in gone.keys() & set(t): t = t[~t[column].isin(gone[column])]
+        lost = [c for c in t if c.split("_")[0] in gone["kind"]]
+        write_csv(file, t.assign(**dict.fromkeys(lost, np.nan)))
+
+
+def make(root: Path, title: str = "A made-up run", books: bool = True,
+         kinds: dict[str, str] = KINDS) -> tuple[Params, dict[str, Path]]:
+    "Folders of a finished run below `root`, all but the report; `kinds`: its corpora, some of `KINDS`."
+    p, rng = params(title, kinds), np.random.default_rng(0)
     folders = {s: root / f"{i}_{s}" for i, s in enumerate(STAGES, 1)} | {"run": root,
                                                                          "notebooks": root / "notebooks"}
     del folders["report"]
@@ -304,6 +316,7 @@ def make(root: Path, title: str = "A made-up run", books: bool = True) -> tuple[
                             comparisons=comparisons(scores)).items():
         write_csv(folders["evaluate"] / f"{name}.csv", table)
     _evaluated(folders["evaluate"], scores)
+    if kinds != KINDS: _leave_out(root, kinds)
     for s in STAGES[:-1]: _record(s, folders[s])
     for i, s in enumerate(STAGES[:-1] if books else (), 1):
         stage = SimpleNamespace(folder=folders[s], folders=folders, params=p, copy_out=lambda address: None)

@@ -322,6 +322,18 @@ def test_an_empty_table_says_that_it_is_empty(draw):
     assert "the table is empty" in figures.svg(draw(pd.DataFrame()))
 
 
+@pytest.mark.parametrize("draw, table", [
+    (lambda t: figures.perplexity(t, "general"), PERPLEXITY.query("kind == 'domain'")),
+    (figures.checkpoints, PERPLEXITY.assign(tokens_seen=np.nan)),
+    (figures.sweep, pd.DataFrame(dict(name=["original"], domain_bits_per_byte=1., general_bits_per_byte=np.nan, on_front=False))),
+    (figures.runs_tradeoff, tradeoff(0, 0).query("variant == 'original'").assign(run="a")),
+    (figures.plane, made_run.plane().assign(bits_per_byte=np.nan))],
+    ids=["perplexity", "checkpoints", "sweep", "runs_tradeoff", "plane"])
+def test_a_table_without_rows_to_draw_says_that_it_is_empty(draw, table):
+    "As of a run without general text, or with a checkpoint of which nobody knows what it has seen."
+    assert "the table is empty" in figures.svg(draw(table))
+
+
 def test_drawing_leaves_matplotlib_as_it_was():
     before = dict(matplotlib.rcParams)
     figures.svg(figures.tradeoff(tradeoff(2, 0)))

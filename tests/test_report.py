@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 
 import made_run
+from domain_adapt import report
 from domain_adapt.report import build_report
+from domain_adapt.runs import write_csv, write_json
 from domain_adapt.summary import headline, interval, told
 
 
@@ -170,6 +172,26 @@ def test_a_run_with_less_in_it_still_has_a_report(tmp_path):
     assert "made elsewhere" in root.text_content()
     assert root.xpath("//h1")[0].text_content().startswith("‹script›document.title='owned'")
     assert not root.xpath("//img[@onerror] | //h1//script | //h1//em | //h1//code")
+
+
+def sources(monkeypatch, params, folders, out: Path) -> dict[str, str]:
+    "What a report's pages are made from, without the time that Sphinx takes."
+    built = {}
+    monkeypatch.setattr(report, "build_site", lambda title, pages, extra, out: built.update(pages))
+    build_report(params, folders, out)
+    return built
+
+
+def test_a_run_without_general_text_of_which_no_merge_was_kept_still_has_a_report(tmp_path, monkeypatch):
+    params, folders = made_run.make(tmp_path, kinds={"sec": "domain"})
+    chosen = folders["merge"] / "selection.json"
+    write_json(chosen, json.loads(chosen.read_text()) | dict(winner=None, kept=[], order=[]))
+    for file in folders["evaluate"].glob("*.csv"):
+        write_csv(file, pd.read_csv(file).query("not variant.str.startswith('merge:')"))
+    pages = sources(monkeypatch, params, folders, tmp_path / "6_report")
+    assert "No general text was held out, so forgetting was not measured." in pages["index.md"]
+    assert "general change" not in pages["index.md"].partition("## ")[0] and "General perplexity" not in pages["results.md"]
+    assert pages["5_evaluate.ipynb"].count("the table is empty") == 1 and "the table is empty" in pages["4_merge.ipynb"]
 
 
 def test_every_page_is_in_the_contents(site):
