@@ -84,21 +84,30 @@ def _scores(benchmarks: pd.DataFrame | None) -> dict[str, dict]:
     return found
 
 # %% ../nbs/61_summary.ipynb #496f698f
+def _drawn(mixture: pd.DataFrame | None, kinds: dict[str, str]) -> dict[str, dict]:
+    "What training drew of each corpus: kind, tokens and share."
+    rows = mixture[mixture["tokens"] > 0].itertuples() if mixture is not None else ()
+    return {r.corpus: dict(kind=kinds[r.corpus], tokens=int(r.tokens), share=float(r.share)) for r in rows}
+
+def _steps(metrics: pd.DataFrame | None) -> dict[str, int | None]:
+    "Tokens and steps that were learnt from, and steps that were skipped."
+    if metrics is None: return dict.fromkeys(("tokens_trained", "steps", "skipped"))
+    skipped = int(metrics["learnt"].eq(False).sum())
+    return {"tokens_trained": int(metrics["tokens"].max()), "steps": int(metrics["step"].max()) - skipped, "skipped": skipped}
+
 def summarise(params: Params, folders: dict[str, Path], tables: dict[str, pd.DataFrame]) -> dict:
     "The contract's summary: headline numbers computed from the tables, None where one is undefined."
     kinds, blocks = params.kinds, reported(tables["blocks"])
     bits = stats.draws(blocks, params.seed)
     chosen, info = _json(folders["merge"] / "selection.json"), _json(folders["train"] / "info.json")
-    metrics = tables.get("metrics")
     every = {name: {v: interval(x) for v, x in by.items()} for name, by in measures(bits, kinds).items()}
     lost = {v: {c: interval(b[v] - b["original"]) for c, b in bits.items() if kinds.get(c) == "general"} | {"mean": mean}
             for v, mean in every["forgetting"].items()}
     dtypes = sorted(set(tables["perplexity"]["dtype"].dropna())) if "perplexity" in tables else []
     trade = tradeoff_table(every["gain_percent"], every["general_change_percent"])
     return {"run": params.run, "title": params.report.title, "model": params.model, "base": params.base, "seed": params.seed,
-            "tokens_trained": int(metrics["tokens"].max()) if metrics is not None else None,
-            "steps": int(metrics["step"].max()) if metrics is not None else None,
-            "replay": params.tokens.replay,
+            "checkpoint": params.train.checkpoint, **_steps(tables.get("metrics")),
+            "replay": params.tokens.replay, "mixture": _drawn(tables.get("mixture"), kinds),
             "precision": {"train": info.get("precision"), "evaluate": ", ".join(dtypes) or None},
             "domain": [c for c in bits if kinds.get(c) == "domain"], "heldout": _heldout(blocks, kinds), **every, "forgetting": lost,
             "on_front": trade.loc[trade["on_front"], "variant"].tolist(), "winner": chosen.get("winner") and _variant(chosen["winner"]),
@@ -136,10 +145,12 @@ def sample(summary: dict, kind: str) -> str:
     return "; ".join(said(c, h) for c, h in summary["heldout"].items() if h["kind"] == kind)
 
 def _trained(s: dict) -> str:
-    if not s["tokens_trained"]: return f"The CPT model was given, made elsewhere from {s['model']}."
-    replay = f", with {s['replay'] * 100:.3g}\N{NO-BREAK SPACE}% general text replayed" if s["replay"] else ""
-    tokens = f"{human(s['tokens_trained'])} tokens of {listed(s['domain'])}"
-    return f"{s['model']} was trained for {s['steps']:,} more steps on {tokens}{replay}."
+    if s["checkpoint"]: return f"The CPT model was given: {s['checkpoint']}, made elsewhere."
+    domain, general = ({c: m["share"] for c, m in s["mixture"].items() if m["kind"] == kind} for kind in ("domain", "general"))
+    replay = f", with {sum(general.values()) * 100:.3g}\N{NO-BREAK SPACE}% general text replayed" if general else ""
+    skipped = f" ({s['skipped']:,} more were skipped)" if s["skipped"] else ""
+    tokens = f"{human(s['tokens_trained'])} tokens of {listed(domain)}"
+    return f"{s['model']} was trained for {s['steps']:,} more steps{skipped} on {tokens}{replay}."
 
 def _gained(s: dict) -> str:
     gain, d = s["gain_percent"]["cpt"], s["domain_bits_per_byte"]

@@ -15,7 +15,7 @@ import made_run
 from domain_adapt import report
 from domain_adapt.report import build_report
 from domain_adapt.runs import write_csv, write_json
-from domain_adapt.summary import headline, interval, told
+from domain_adapt.summary import abstract, headline, interval, told
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +71,21 @@ def test_intervals_hold_their_values_and_paired_ones_are_narrow(summary):
 
 
 def test_the_summary_keeps_the_contract(summary):
-    assert summary["tokens_trained"] == 81920 and summary["steps"] == 42
+    assert (summary["tokens_trained"], summary["steps"], summary["skipped"]) == (81920, 40, 2)
+    assert summary["checkpoint"] is None and summary["mixture"]["wiki"] == dict(kind="general", tokens=4096, share=.05)
     assert summary["precision"] == {"train": "bf16", "evaluate": "bf16"}
     assert summary["heldout"]["sec"]["intervals"] == "within one document"
     assert summary["heldout"]["news"]["documents"] == 30
     score = summary["benchmarks"]["cpt"]["hellaswag"]
     assert score["n"] == 100 and score["low"] < score["value"] < score["high"]
     assert "numpy" in summary["versions"] and summary["rule"] and "ties" in summary["notes"]
+
+
+def test_the_training_is_told_as_it_was(summary):
+    drawn = dict(filings=dict(kind="domain", tokens=900, share=.9), wiki=dict(kind="general", tokens=70, share=.07),
+                 code=dict(kind="general", tokens=30, share=.03))
+    first = abstract(summary | dict(mixture=drawn), None)[0]
+    assert "was trained for 40 more steps (2 more were skipped) on 81.9 k tokens of filings, with 10\N{NO-BREAK SPACE}% general text replayed." in first
 
 
 def test_a_ratio_with_no_meaning_is_not_given(summary):
@@ -163,13 +171,15 @@ def test_the_same_tables_give_the_same_site(site, tmp_path):
 def test_a_run_with_less_in_it_still_has_a_report(tmp_path):
     "Somebody else's checkpoint, no benchmarks, no executed notebooks, and a title that looks like markup."
     params, folders = made_run.make(tmp_path, title=made_run.NASTY)
+    params = params.model_copy(update=dict(train=params.train.model_copy(update=dict(checkpoint="somebody/else"))))
     shutil.rmtree(folders["notebooks"])
-    for f in (folders["train"] / "metrics.jsonl", folders["evaluate"] / "benchmarks.csv",
+    for f in (folders["train"] / "metrics.jsonl", folders["train"] / "mixture.csv", folders["evaluate"] / "benchmarks.csv",
               folders["evaluate"] / "comparisons.csv"):
         f.write_text("".join(f.read_text().splitlines(True)[:f.suffix == ".csv"]))
     build_report(params, folders, tmp_path / "6_report")
     root = lxml.html.parse(tmp_path / "6_report" / "index.html").getroot()
-    assert "made elsewhere" in root.text_content()
+    text = root.text_content()
+    assert "The CPT model was given: somebody/else, made elsewhere." in text and params.model not in text
     assert root.xpath("//h1")[0].text_content().startswith("‹script›document.title='owned'")
     assert not root.xpath("//img[@onerror] | //h1//script | //h1//em | //h1//code")
 
