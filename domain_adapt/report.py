@@ -56,7 +56,7 @@ CAPTIONS = {
 
 def facts(tables: dict[str, pd.DataFrame], summary: dict) -> dict[str, str]:
     "What the captions' braces stand for."
-    items = sorted({t["n"] for by in summary["benchmarks"].values() for t in by.values()})
+    items = sorted({t["n"] for by in summary["benchmarks"].values() for t in by.values() if t["metric"] != "mean"})
     return dict(domain=sample(summary, "domain"), general=sample(summary, "general"),
                 steps=f"{summary['steps'] or 0:,}",
                 items=" to ".join(f"{n:,}" for n in dict.fromkeys(items[:1] + items[-1:])),

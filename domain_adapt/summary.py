@@ -181,7 +181,7 @@ def _scored(s: dict, comparisons: pd.DataFrame | None) -> str:
     if not s["benchmarks"] or comparisons is None: return ""
     scores = ~comparisons["measure"].str.contains("^bits_per_byte|/mean$")
     c = comparisons[scores & (comparisons["against"] == "original")]
-    n = max(t["n"] for by in s["benchmarks"].values() for t in by.values())
+    n = max(t["n"] for by in s["benchmarks"].values() for t in by.values() if t["metric"] != "mean")
     better, worse, neither = ((c["verdict"] == v).sum() for v in ("better", "worse", "cannot tell"))
     return (f"Of {len(c)} paired comparisons of benchmark scores with the original, at up to {n:,} items "
             f"each, {better} came out better, {worse} worse, and {neither} too close to tell.")

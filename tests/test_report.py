@@ -88,6 +88,14 @@ def test_the_training_is_told_as_it_was(summary):
     assert "was trained for 40 more steps (2 more were skipped) on 81.9 k tokens of filings, with 10\N{NO-BREAK SPACE}% general text replayed." in first
 
 
+def test_the_items_of_a_group_are_not_those_of_a_task(summary):
+    group = dict(metric="mean", value=.5, low=.4, high=.6, n=800)
+    grown = summary | dict(benchmarks={v: by | dict(mmlu=group) for v, by in summary["benchmarks"].items()})
+    compared = pd.DataFrame([dict(measure="piqa/acc_norm", against="original", verdict="better")])
+    assert "at up to 100 items each, 1 came out better" in abstract(grown, compared)[1]
+    assert report.facts({}, grown)["items"] == "100"
+
+
 def test_a_ratio_with_no_meaning_is_not_given(summary):
     assert summary["recovery"]["original"]["value"] == pytest.approx(1)
     flat = np.linspace(-1, 1, 101)
