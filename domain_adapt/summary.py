@@ -154,10 +154,12 @@ def _trained(s: dict) -> str:
 
 def _gained(s: dict) -> str:
     gain, d = s["gain_percent"]["cpt"], s["domain_bits_per_byte"]
-    verb = {"better": "fell", "worse": "rose", "cannot tell": "hardly moved"}[told(gain)]
+    if not gain: return "On held-out domain text its bits per byte are undefined, so no gain can be given."
+    verb = {"better": "fell", "worse": "rose", "cannot tell": "went"}[told(gain)]
     before, after = (d[v]["value"] for v in ("original", "cpt"))
+    unsure = ", which this sample cannot tell from no change" if told(gain) == "cannot tell" else ""
     return (f"On held-out domain text its bits per byte {verb} from {before:.3f} to {after:.3f}, "
-            f"a gain of {cell(gain, '.1f')}.")
+            f"a gain of {cell(gain, '.1f')}{unsure}.")
 
 FORGOT = {"better": "was not forgotten", "worse": "was forgotten to some degree",
           "cannot tell": "shows no change that this sample can tell"}

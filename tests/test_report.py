@@ -96,6 +96,16 @@ def test_the_items_of_a_group_are_not_those_of_a_task(summary):
     assert report.facts({}, grown)["items"] == "100"
 
 
+@pytest.mark.parametrize("gain, said", [
+    (dict(value=5., low=-1., high=9.), "went from 1.000 to 0.950, a gain of 5.0\N{NO-BREAK SPACE}% [\N{MINUS SIGN}1.0,\N{NO-BREAK SPACE}9.0], "
+                                       "which this sample cannot tell from no change."),
+    (dict(value=5., low=1., high=9.), "fell from 1.000 to 0.950, a gain of 5.0\N{NO-BREAK SPACE}% [1.0,\N{NO-BREAK SPACE}9.0]."),
+    (None, "are undefined, so no gain can be given.")], ids=["unsure", "sure", "undefined"])
+def test_a_verb_is_what_the_interval_allows(summary, gain, said):
+    bits = dict(original=dict(value=1.), cpt=dict(value=.95) if gain else None)
+    assert f"its bits per byte {said}" in abstract(summary | dict(gain_percent=dict(cpt=gain), domain_bits_per_byte=bits), None)[0]
+
+
 def test_a_ratio_with_no_meaning_is_not_given(summary):
     assert summary["recovery"]["original"]["value"] == pytest.approx(1)
     flat = np.linspace(-1, 1, 101)
