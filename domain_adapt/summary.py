@@ -165,8 +165,12 @@ FORGOT = {"better": "was not forgotten", "worse": "was forgotten to some degree"
           "cannot tell": "shows no change that this sample can tell"}
 
 def _forgot(s: dict) -> str:
-    change = s["general_change_percent"]["cpt"]
-    if not change: return "No general text was held out, so forgetting was not measured."
+    change, lost = s["general_change_percent"]["cpt"], {c: i for c, i in s["forgetting"]["cpt"].items() if c != "mean"}
+    if not lost: return "No general text was held out, so forgetting was not measured."
+    if not change: return "On held-out general text its bits per byte are undefined, so forgetting cannot be told."
+    rose = [c for c, i in lost.items() if i and (i["low"] or 0) > 0]
+    if rose and told(change, True) != "worse":
+        return f"Of general text, {listed(rose)} was forgotten to some degree, which the mean hides: bits per byte moved by {cell(change)} over all."
     return f"General text {FORGOT[told(change, True)]}: its bits per byte moved by {cell(change)}."
 
 # %% ../nbs/61_summary.ipynb #822d1d47

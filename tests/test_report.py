@@ -106,6 +106,18 @@ def test_a_verb_is_what_the_interval_allows(summary, gain, said):
     assert f"its bits per byte {said}" in abstract(summary | dict(gain_percent=dict(cpt=gain), domain_bits_per_byte=bits), None)[0]
 
 
+@pytest.mark.parametrize("change, wiki, said", [
+    ((-2, -3, -1), (-.06, -.05), "General text was not forgotten"),
+    ((-2, -3, -1), (.02, .04), "Of general text, wiki was forgotten to some degree, which the mean hides"),
+    ((0, -1, 1), (.02, .04), "Of general text, wiki was forgotten to some degree, which the mean hides"),
+    ((2, 1, 3), (.02, .04), "General text was forgotten to some degree"),
+    (None, (None, None), "On held-out general text its bits per byte are undefined")])
+def test_no_corpus_hides_behind_the_mean(summary, change, wiki, said):
+    change = change and dict(zip(("value", "low", "high"), change))
+    lost = dict(wiki=dict(value=0, low=wiki[0], high=wiki[1]), news=dict(value=-.1, low=-.2, high=-.05), mean=None)
+    assert said in abstract(summary | dict(general_change_percent=dict(cpt=change), forgetting=dict(cpt=lost), winner=None), None)[0]
+
+
 def test_a_ratio_with_no_meaning_is_not_given(summary):
     assert summary["recovery"]["original"]["value"] == pytest.approx(1)
     flat = np.linspace(-1, 1, 101)
