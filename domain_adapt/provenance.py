@@ -54,12 +54,16 @@ def document_table(folders: Mapping[str, Path], corpora: list[str], first: int =
 # %% ../nbs/63_provenance.ipynb #4f3a441d
 _weights_of = re.compile(r"^\| weights of (\S+) \| ([0-9a-f]{64}) \|$", re.M)
 
-def _merges(folder: Path, record: dict) -> Iterator[dict]:
+def _how(model: str, checkpoint: str | None) -> str:
+    "Whether this run trained a model that is no merge; what starts from a `checkpoint` it was given did not."
+    return "trained" if re.match("cpt(@|$)", model) and not checkpoint else "given"
+
+def _merges(folder: Path, record: dict, checkpoint: str | None) -> Iterator[dict]:
     "A row for each merge that was kept, after its parents' as its card has them."
     for config in sorted(folder.glob("*/mergekit_config.yml")):
         name, card = config.parent.name, config.parent / "README.md"
         parents = dict(_weights_of.findall(card.read_text(encoding="utf-8"))) if card.is_file() else {}
-        yield from (dict(model=m, made_of="", how="given" if m in ("original", "base") else "trained", sha256=h) for m, h in parents.items() if m != name)
+        yield from (dict(model=m, made_of="", how=_how(m, checkpoint), sha256=h) for m, h in parents.items() if m != name)
         how = yaml.safe_load(config.read_text(encoding="utf-8")).get("merge_method", "")
         yield dict(model=f"merge:{name}", made_of=", ".join(m for m in parents if m != name), how=how, sha256=_safetensors(record, f"{name}/"))
 
@@ -68,11 +72,15 @@ def _safetensors(record: dict, below: str) -> str:
     return files_hash({Path(n).name: f for n, f in record["files"].items() if n.startswith(below) and n.endswith(".safetensors")})
 
 def model_table(folders: Mapping[str, Path], done: Mapping[str, dict]) -> pd.DataFrame:
-    "models.csv: model, made_of, how, sha256 (of its weights): the original, every exported checkpoint, every merge that was kept."
-    rows = list(_merges(folders["merge"], done["merge"])) if "merge" in done else []
+    """models.csv: model, made_of, how, sha256 (of its weights; nothing where no stage took it): the original, every exported
+    checkpoint, every merge that was kept."""
+    info = folders["train"] / "info.json" if "train" in done else None
+    checkpoint = json.loads(info.read_text(encoding="utf-8")).get("checkpoint") if info and info.is_file() else None
+    rows = list(_merges(folders["merge"], done["merge"], checkpoint)) if "merge" in done else []
+    rows.append(dict(model="original", made_of="", how="given", sha256=""))
     if "train" in done:
         steps = sorted({int(n.split("/")[1].removeprefix("step_")) for n in done["train"]["files"] if n.startswith("hf/step_")})
-        rows += [dict(model=f"cpt@{s}", made_of="original", how="trained", sha256=_safetensors(done["train"], f"hf/step_{s}/")) for s in steps]
+        rows += [dict(model=f"cpt@{s}", made_of="" if checkpoint else "original", how=_how(f"cpt@{s}", checkpoint), sha256=_safetensors(done["train"], f"hf/step_{s}/")) for s in steps]
     found = pd.DataFrame(rows, columns=["model", "made_of", "how", "sha256"]).drop_duplicates("model")
     twins = found[found["model"].str.startswith("cpt@")].set_index("sha256")["model"].to_dict()
     found["made_of"] = [twins.get(r.sha256, r.made_of) if r.model == "cpt" else r.made_of for r in found.itertuples()]

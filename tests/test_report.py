@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 import made_run
-from domain_adapt import report
+from domain_adapt import provenance, report
 from domain_adapt.report import build_report
-from domain_adapt.runs import write_csv, write_json
+from domain_adapt.runs import write_csv, write_json, write_text
 from domain_adapt.summary import abstract, headline, interval, told
 
 
@@ -263,6 +263,22 @@ def test_the_lineage_is_that_of_the_files(site):
     for stage, rows in saved.groupby("stage"):
         whole = hashlib.sha256("".join(f"{r.sha256}  {r.file}\n" for r in rows.sort_values("file").itertuples()).encode()).hexdigest()
         assert pd.read_csv(site / "tables" / "stages.csv").set_index("stage").loc[stage, "sha256"] == whole
+
+
+@pytest.mark.parametrize("checkpoint", [None, "somebody/else"])
+def test_only_what_this_run_trained_is_called_trained(tmp_path, checkpoint):
+    train, merge = tmp_path / "train", tmp_path / "merge"
+    write_json(train / "info.json", dict(checkpoint=checkpoint) if checkpoint else {})
+    file = lambda digit: dict(bytes=9, sha256=digit * 64)
+    done = dict(train=dict(files={"hf/step_8/model.safetensors": file("b")}), merge=dict(files={"half/model.safetensors": file("d")}))
+    bare = provenance.model_table(dict(train=train, merge=merge), done).set_index("model")["how"].to_dict()
+    how = "given" if checkpoint else "trained"
+    assert bare == {"original": "given", "cpt@8": how}
+    write_text(merge / "half" / "mergekit_config.yml", "merge_method: linear\n")
+    write_text(merge / "half" / "README.md", "".join(f"| weights of {m} | {c * 64} |\n" for m, c in (("original", "a"), ("cpt", "b"), ("chat", "c"))))
+    whole = provenance.model_table(dict(train=train, merge=merge), done).set_index("model")
+    assert whole["how"].to_dict() == {"original": "given", "chat": "given", "cpt": how, "cpt@8": how, "merge:half": "linear"}
+    assert whole.loc["original", "sha256"] == "a" * 64 and whole.loc["cpt@8", "made_of"] == ("" if checkpoint else "original")
 
 
 def test_the_digits_behind_a_figure_are_all_there(site):
