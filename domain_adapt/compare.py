@@ -115,7 +115,11 @@ def compare_page(found: dict[str, tuple], tables: dict[str, pd.DataFrame], same:
 def compare(names: Sequence[str]) -> Path:
     "Write the page that compares finished runs, below outputs/compare/, and give its path. Raises `UserError`."
     if len(set(names)) < 2: raise UserError("compare: name at least two different runs")
-    found = {Path(n).name: finished(n) for n in names}
+    found: dict[str, tuple] = {}
+    for given in dict.fromkeys(names):
+        if (name := Path(given).absolute().name) in found:
+            raise UserError(f"compare: {given} and another of {', '.join(names)} are both called {name}; name each run once, or copy one to a folder of another name")
+        found[name] = finished(given)
     pairs, same = pairs_table(found)
     tables = dict(variants=variants_table(found), pairs=pairs, settings=settings_table({n: p for n, (p, _, _) in found.items()}), runs=runs_table(found))
     public = lambda text: [text := publisher(p)(text) for p, _, _ in found.values()][-1]

@@ -72,3 +72,9 @@ def test_the_page_has_every_variant_and_asks_nobody(outputs):
 def test_a_run_that_is_not_there_is_named(outputs):
     with pytest.raises(UserError, match="nowhere: no finished run"): compare(["first", "nowhere"])
     with pytest.raises(UserError, match="two different runs"): compare(["first", "first"])
+
+
+def test_runs_of_one_name_are_not_taken_for_one(outputs, tmp_path):
+    (tmp_path / "first").symlink_to(outputs / "second")
+    for second in (outputs / "first", tmp_path / "first"):
+        with pytest.raises(UserError, match=r"are both called first"): compare(["first", str(second)])
