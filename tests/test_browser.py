@@ -43,6 +43,7 @@ def opened(browser, page: Path, size: str = "desk", theme: str = "light"):
     tab, wrong, asked = context.new_page(), [], []
     tab.on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
     tab.on("pageerror", lambda e: wrong.append(str(e)))
+    tab.on("dialog", lambda d: (wrong.append(f"a dialog: {d.message}"), d.dismiss()))
     tab.on("requestfailed", lambda r: wrong.append(f"failed: {r.url}"))
     tab.on("request", lambda r: r.url.startswith(("file:", "data:")) or asked.append(r.url))
     tab.goto(page.as_uri())
@@ -118,8 +119,13 @@ def test_the_theme_switch_takes_the_figures_along(chromium, site):
 def test_text_from_outside_runs_nowhere(chromium, site):
     for name in page_names():
         with opened(chromium, site / f"{name}.html") as tab:
-            tab.on("dialog", lambda d: pytest.fail(f"{name}: a dialog opened"))
             assert "owned" not in tab.title()
+
+
+def test_a_dialog_while_a_page_is_loaded_is_heard(chromium, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<script>alert('owned')</script>")
+    with pytest.raises(AssertionError, match="a dialog: owned"), opened(chromium, page): pass
 
 
 def test_code_unfolds_and_a_link_leads_to_its_page(chromium, site):
