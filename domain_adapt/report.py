@@ -15,7 +15,7 @@ import nbformat
 import pandas as pd
 from . import figures, provenance
 from .claims import Evidence, claims, claims_sentence
-from .figures import minus, reported, shown, table_html
+from .figures import human, minus, reported, shown, table_html
 from .params import Params
 from .runs import ROOT, STAGES, outputs, progress, write_json
 from .site import Plate, as_markdown, build_site, plain, plate_html, publisher, raw, saved_table, table_link
@@ -224,7 +224,7 @@ def _beside(machines: pd.DataFrame) -> pd.DataFrame:
 def cost_page(tables: Mapping[str, pd.DataFrame]) -> str:
     "The Markdown of cost.html."
     stages = tables["stages"]
-    words = (f"All stages together took {stages['seconds'].sum() / 60:,.0f} minutes and left {stages['bytes'].sum() / 2**30:,.2g} GiB. "
+    words = (f"All stages together took {stages['seconds'].sum() / 60:,.0f} minutes and left {human(stages['bytes'].sum() / 2**30)} GiB. "
              "A stage that other runs share was paid for once, by the first of them.")
     gib = lambda column: (stages[column].astype(float) / 2**30).round(2)
     spent = stages[["stage", "started", "seconds"]].assign(**{"memory, GiB": gib("peak_memory_bytes"), "files": stages["files"], "disk, GiB": gib("bytes")})
@@ -296,7 +296,7 @@ def build_report(params: Params, folders: dict[str, Path], out: Path) -> None:
     "Stage 6: the site in `out`, with its tables and summary; `summary.json` in the run's folder as well."
     with progress(total=3, description="report") as bar:
         public, tables = publisher(params), read_tables(folders)
-        summary = json.loads(public(json.dumps(summarise(params, folders, tables))))
+        summary = json.loads(public(json.dumps(summarise(params, folders, tables), ensure_ascii=False)))
         tables["tradeoff"] = tradeoff_table(summary["gain_percent"], summary["general_change_percent"])
         tables |= record_tables(params, folders, summary["winner"])
         bar.update()

@@ -234,6 +234,13 @@ def test_a_run_without_general_text_of_which_no_merge_was_kept_still_has_a_repor
     assert pages["5_evaluate.ipynb"].count("the table is empty") == 1 and "the table is empty" in pages["4_merge.ipynb"]
 
 
+def test_a_path_that_is_not_ascii_stays_here_too(tmp_path, monkeypatch):
+    params, folders = made_run.make(tmp_path, books=False)
+    params = params.model_copy(update=dict(model="/daheim/Grün/smollm"))
+    sources(monkeypatch, params, folders, tmp_path / "6_report")
+    assert json.loads((tmp_path / "summary.json").read_text())["model"] == "smollm"
+
+
 def test_every_page_is_in_the_contents(site):
     root = lxml.html.parse(site / "index.html").getroot()
     linked = {unquote(a.get("href").partition("#")[0]) for a in root.xpath("//nav//a[@href]")}
@@ -279,6 +286,14 @@ def test_only_what_this_run_trained_is_called_trained(tmp_path, checkpoint):
     whole = provenance.model_table(dict(train=train, merge=merge), done).set_index("model")
     assert whole["how"].to_dict() == {"original": "given", "chat": "given", "cpt": how, "cpt@8": how, "merge:half": "linear"}
     assert whole.loc["original", "sha256"] == "a" * 64 and whole.loc["cpt@8", "made_of"] == ("" if checkpoint else "original")
+
+
+@pytest.mark.parametrize("size, said", [(2 ** 37, "left 128 GiB"), (3 * 2 ** 28, "left 0.75 GiB")])
+def test_large_disks_are_told_in_plain_digits(size, said):
+    files = {"a": dict(bytes=size, sha256="a" * 64)}
+    done = dict(ingest=dict(key="k", started="2026-01-01T00:00:00Z", seconds=60., files=files))
+    nothing = pd.DataFrame()
+    assert said in report.cost_page(dict(stages=provenance.stage_table(done), pace=nothing, machines=nothing))
 
 
 def test_the_digits_behind_a_figure_are_all_there(site):
