@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'STYLE', 'NARROW', 'FAMILIES', 'KINDS', 'SHAPES', 'MEASURED', 'ROUND', 'MANY',
            'VERDICTS', 'AXES', 'CROWDED', 'HEAT', 'MAPS', 'CORNERS', 'PALE', 'DARK', 'SHORT', 'family', 'colour',
-           'short', 'markers', 'svg', 'Chart', 'drawing', 'human', 'minus', 'number', 'shown', 'table_html', 'Table',
-           'facts', 'spread', 'label_points', 'in_order', 'reported', 'funnel', 'lengths', 'loss', 'gradients', 'pace',
-           'live', 'mixture', 'perplexity', 'main_metric', 'benchmarks', 'checkpoint_table', 'checkpoints', 'verdicts',
-           'Talk', 'asked', 'front', 'tradeoff', 'runs_tradeoff', 'sweep', 'geometry', 'density_curve', 'plane',
-           'effective_weights']
+           'short', 'markers', 'svg', 'Chart', 'drawing', 'human', 'minus', 'number', 'shown', 'exact', 'table_html',
+           'Table', 'facts', 'spread', 'label_points', 'in_order', 'reported', 'funnel', 'lengths', 'loss', 'gradients',
+           'pace', 'live', 'mixture', 'perplexity', 'main_metric', 'benchmarks', 'checkpoint_table', 'checkpoints',
+           'verdicts', 'Talk', 'asked', 'front', 'tradeoff', 'runs_tradeoff', 'sweep', 'geometry', 'density_curve',
+           'plane', 'effective_weights']
 
 # %% ../nbs/60_figures.ipynb #1d06fa0b
 import contextlib, functools, html, io, json, os, re, threading
@@ -135,15 +135,25 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame:
     text.insert(text.columns.get_loc("ci low"), "95 % interval", text["ci low"] + " to " + text["ci high"])
     return text.drop(columns=["ci low", "ci high"])
 
+def exact(x) -> str | None:
+    "A number with all its digits, nothing for what is missing, None for text: what a machine reads of a cell."
+    if pd.api.types.is_scalar(x) and pd.isna(x): return ""
+    return str(x) if isinstance(x, (int, float, np.number, np.bool_)) else None
+
+def _exact(frame: pd.DataFrame) -> dict[str, list[str | None]]:
+    "`exact` cells by the columns of `shown`; both ends of an interval in one, with a semicolon."
+    cells = {str(c).replace("_", " "): [exact(x) for x in frame[c].tolist()] for c in frame}
+    return {"95 % interval": [f"{low};{high}" for low, high in zip(cells.get("ci low", ()), cells.get("ci high", ()))]} | cells
+
 def table_html(frame: pd.DataFrame, label: str) -> str:
-    "An HTML table that scrolls in its own box: text escaped, numbers to the right with all their digits in `data-v`, long text wrapped."
+    "An HTML table that scrolls in its own box: text escaped, numbers to the right, `exact` cells in `data-v`, long text wrapped."
     text = shown(frame)
     figures = {c for c in text if text[c].str.match(r"^([\d\N{MINUS SIGN}+–]|\[)").all() and not text[c].str.match(r"^\d+[-.]\d+[-.]").any()}
     mark = lambda c, cell="": ' class="n"' if c in figures else ' class="long"' if len(cell) > 40 else ""
-    exact = {str(c).replace("_", " "): frame[c].tolist() for c in frame if pd.api.types.is_float_dtype(frame[c].dtype)}
-    full = lambda c, i: f' data-v="{exact[c][i]!r}"' if c in exact and np.isfinite(exact[c][i]) else ""
-    head = "".join(f'<th scope="col"{mark(c)}>{html.escape(c)}</th>' for c in text)
-    body = "".join("<tr>" + "".join(f"<td{mark(c, r[c])}{full(c, i)}>{html.escape(r[c])}</td>" for c in text) + "</tr>"
+    cells, two = _exact(frame), ' data-v="ci low;ci high"'
+    full = lambda c, i, said: "" if (v := cells[c][i]) is None or v == said else f' data-v="{v}"'
+    head = "".join(f'<th scope="col"{mark(c)}{two if c == "95 % interval" else ""}>{html.escape(c)}</th>' for c in text)
+    body = "".join("<tr>" + "".join(f"<td{mark(c, r[c])}{full(c, i, r[c])}>{html.escape(r[c])}</td>" for c in text) + "</tr>"
                    for i, r in enumerate(text.to_dict("records")))
     return (f'<div class="rows" tabindex="0" role="region" aria-label="{html.escape(label)}">'
             f'<table class="table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')

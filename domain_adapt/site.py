@@ -193,7 +193,7 @@ function sortBy(table, heading) {
   const column = heading.cellIndex, down = heading.getAttribute("aria-sort") === "ascending", numeric = heading.classList.contains("n");
   const keyed = [...table.tBodies[0].rows].map(row => [row, content(row.cells[column])]);
   const order = numeric ? (a, b) => before(number(a[1]), number(b[1])) : (a, b) => a[1].localeCompare(b[1], undefined, { numeric: true });
-  const missing = entry => numeric ? Number.isNaN(number(entry[1])) : entry[1] === "\u2013";
+  const missing = entry => numeric ? Number.isNaN(number(entry[1])) : ["", "\u2013"].includes(entry[1]);
   keyed.sort((a, b) => missing(a) || missing(b) ? missing(a) - missing(b) : down ? order(b, a) : order(a, b));
   table.tBodies[0].append(...keyed.map(entry => entry[0]));
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
@@ -202,7 +202,8 @@ function sortBy(table, heading) {
 
 function asCsv(table) {
   const quoted = text => /[",\n]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
-  return [...table.rows].map(row => [...row.cells].map(cell => quoted(content(cell))).join(",")).join("\n") + "\n";
+  const values = cell => "v" in cell.dataset ? cell.dataset.v.split(";") : [content(cell)];    // an interval has two
+  return [...table.rows].map(row => [...row.cells].flatMap(values).map(quoted).join(",")).join("\n") + "\n";
 }
 
 function offerCsv(box, table, name) {

@@ -143,6 +143,13 @@ def test_facts_put_what_is_nested_into_one_line_or_a_row_each():
     assert "{" not in figures.Table(told)._repr_html_()
 
 
+def test_a_cell_has_beside_what_is_read_what_a_machine_reads():
+    t = pd.DataFrame(dict(task=["a;b", None], n=[81_920, 7], gain=[-.123456, np.nan], ci_low=[1.0012, np.nan], ci_high=[1.023, np.nan], chat=[True, False]))
+    cells = re.findall(r"<t[dh][^>]*?(?: data-v=\"([^\"]*)\")?>([^<]*)</t[dh]>", figures.table_html(t, "t"))
+    assert [said for said, _ in cells] == ["", "", "", "ci low;ci high", "", "", "81920", "-0.123456", "1.0012;1.023", "True", "", "", "", ";", "False"]
+    assert [figures.exact(x) for x in (None, pd.NA, np.nan, 7, 2.5, np.bool_(True), "text", [1])] == ["", "", "", "7", "2.5", "True", None, None]
+
+
 def test_a_table_without_rows_is_a_sentence():
     assert figures.Table(pd.DataFrame(), empty="Nothing <yet>.")._repr_html_() == "<p>Nothing &lt;yet&gt;.</p>"
     assert "<table" in figures.Table(pd.DataFrame(dict(x=[1])), empty="Nothing.")._repr_html_()
