@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'STYLE', 'NARROW', 'FAMILIES', 'KINDS', 'SHAPES', 'MEASURED', 'ROUND', 'MANY',
-           'VERDICTS', 'AXES', 'CROWDED', 'HEAT', 'MAPS', 'CORNERS', 'PALE', 'DARK', 'SHORT', 'family', 'colour',
+           'VERDICTS', 'AXES', 'CROWDED', 'HEAT', 'MAPS', 'CORNERS', 'PALE', 'DARK', 'SHORT', 'family', 'colour', 'ink',
            'short', 'markers', 'svg', 'Chart', 'drawing', 'human', 'minus', 'number', 'shown', 'exact', 'table_html',
            'Table', 'facts', 'spread', 'label_points', 'in_order', 'reported', 'funnel', 'lengths', 'loss', 'gradients',
            'pace', 'live', 'mixture', 'perplexity', 'main_metric', 'benchmarks', 'checkpoint_table', 'checkpoints',
@@ -51,6 +51,10 @@ def family(variant: str) -> str:
 def colour(variant: str) -> str:
     "The colour of a variant, as #rrggbb."
     return FAMILIES[family(variant)]
+
+def ink(corpus: str, kinds: dict[str, str] | None) -> str:
+    "The colour of a corpus's kind, as `kinds` has it; grey where that is not known."
+    return KINDS.get((kinds or {}).get(corpus), FAMILIES["original"])
 
 def short(variant: str) -> str:
     "A variant's name in a figure, where its colour already says that it is a merge."
@@ -279,8 +283,8 @@ def _panels(names: list[str], width: float, height: float, sharey: bool = True) 
 
 # %% ../nbs/60_figures.ipynb #d5deeeb9
 @drawing
-def funnel(table: pd.DataFrame, width: float = 7.4) -> Figure:
-    "Share of the characters left after each step, per corpus. `table`: `funnel.csv`."
+def funnel(table: pd.DataFrame, kinds: dict[str, str] | None = None, width: float = 7.4) -> Figure:
+    "Share of the characters left after each step, per corpus, by the colour of its kind. `table`: `funnel.csv`."
     corpora, narrow = list(dict.fromkeys(table["corpus"])), width < NARROW
     steps = table.groupby("corpus", sort=False)["step"].count()
     rows, cols = (len(corpora), 1) if narrow or len(corpora) == 1 else (-(-len(corpora) // 2), 2)
@@ -291,7 +295,7 @@ def funnel(table: pd.DataFrame, width: float = 7.4) -> Figure:
     for ax, name in zip(axes, corpora):
         t = table[table["corpus"] == name].reset_index(drop=True)
         share = t["characters"] / max(t["characters"].iloc[0], 1) * 100
-        ax.barh(t.index, share, height=.62, color=KINDS["general"], alpha=.35)
+        ax.barh(t.index, share, height=.62, color=ink(name, kinds), alpha=.35)
         for i, r in t.iterrows():
             ax.text(2, i, f"{r['documents']:,} documents · {human(r['characters'])} characters", va="center",
                     fontsize=8.5)
@@ -304,13 +308,13 @@ def funnel(table: pd.DataFrame, width: float = 7.4) -> Figure:
 
 # %% ../nbs/60_figures.ipynb #03223607
 @drawing
-def lengths(table: pd.DataFrame, width: float = 7.4) -> Figure:
-    "How many documents of each length are kept of each corpus, by doubling lengths. `table`: `lengths.csv`."
+def lengths(table: pd.DataFrame, kinds: dict[str, str] | None = None, width: float = 7.4) -> Figure:
+    "How many documents of each length are kept of each corpus, by doubling lengths, in its kind's colour. `table`: `lengths.csv`."
     corpora = list(dict.fromkeys(table["corpus"]))
     fig, axes = _panels(corpora, width, 2.1, sharey=False)
     for ax, name in zip(axes, corpora):
         t = table[table["corpus"] == name]
-        ax.bar(np.log2(t["from_characters"]) + .5, t["documents"], width=.9, color=KINDS["general"], alpha=.6)
+        ax.bar(np.log2(t["from_characters"]) + .5, t["documents"], width=.9, color=ink(name, kinds), alpha=.6)
         low, high = (int(np.log2(f(t["from_characters"]))) for f in (min, max))
         ticks = range(low, high + 2, max(1, (high - low) // 4))
         ax.set_xticks(list(ticks), [human(2 ** t) for t in ticks])
@@ -368,9 +372,8 @@ def _losses(ax, metrics: pd.DataFrame, kinds: dict[str, str]) -> None:
     for shape, column in zip(SHAPES * 9, [c for c in metrics if c.startswith("heldout/")]):
         t, name = metrics.dropna(subset=[column]), column.removeprefix("heldout/")
         if t.empty: continue
-        ink = KINDS[kinds.get(name, "general")]
-        ax.plot(t[x], t[column], color=ink, lw=1.2, marker=shape, markersize=5)
-        ends[name] = (t[column].iloc[-1], ink)
+        ax.plot(t[x], t[column], color=ink(name, kinds), lw=1.2, marker=shape, markersize=5)
+        ends[name] = (t[column].iloc[-1], ink(name, kinds))
     _ends(ax, ends, max(metrics["tokens"].max(), 1) * 1.015)
 
 @drawing
@@ -474,17 +477,17 @@ def live(stage, every: float = 5.0) -> Iterator[None]:
 
 # %% ../nbs/60_figures.ipynb #748c813c
 @drawing
-def mixture(table: pd.DataFrame, dot: str = "drawn", width: float = 7.4) -> Figure:
-    "Share of each corpus, asked (ring) and what `dot` says: drawn, or there is. `table`: `mixture.csv`."
+def mixture(table: pd.DataFrame, dot: str = "drawn", kinds: dict[str, str] | None = None, width: float = 7.4) -> Figure:
+    "Share of each corpus, asked (ring) and what `dot` says: drawn, or there is, in its kind's colour. `table`: `mixture.csv`."
     t = table.reset_index(drop=True)
     fig = Chart(width, .9 + .42 * len(t))
     ax = fig.subplots()
     asked, drawn = t["asked"].astype(float) * 100, t["share"].astype(float) * 100
-    ax.hlines(t.index, asked.fillna(drawn), drawn, color=KINDS["general"], lw=2, alpha=.5)
-    ax.plot(asked, t.index, "o", markersize=9, markerfacecolor=CARD, markeredgecolor=KINDS["general"],
-            markeredgewidth=1.5)
-    ax.plot(drawn, t.index, "o", markersize=5, color=KINDS["general"])
     for i, r in t.iterrows():
+        tone = ink(r["corpus"], kinds)
+        ax.hlines(i, asked.fillna(drawn)[i], drawn[i], color=tone, lw=2, alpha=.5)
+        ax.plot(asked[i], i, "o", markersize=9, markerfacecolor=CARD, markeredgecolor=tone, markeredgewidth=1.5)
+        ax.plot(drawn[i], i, "o", markersize=5, color=tone)
         right = drawn[i] < 60
         ax.annotate(f"{drawn[i]:.1f} % · {human(r['tokens'])} tokens",
                     (max(drawn[i], asked.fillna(0)[i]) if right else
@@ -602,7 +605,7 @@ def checkpoints(table: pd.DataFrame, width: float = 7.4) -> Figure:
     return fig
 
 # %% ../nbs/60_figures.ipynb #807d3b7a
-VERDICTS = {"better": "#2f8fce", "worse": "#d55e00", "cannot tell": GRID}
+VERDICTS = {"better": "#009e73", "worse": "#d55e00", "cannot tell": GRID}
 
 def _change(r) -> str:
     "A difference as it is read: points of a score, or thousandths of a bit per byte."
@@ -622,7 +625,7 @@ def _squares(ax, t: pd.DataFrame, measures: list[str], variants: list[str]) -> N
 
 @drawing
 def verdicts(table: pd.DataFrame, width: float = 7.4) -> Figure:
-    """Every paired comparison: blue is better, vermilion worse, grey cannot be told; the numbers are thousandths of a bit per byte, or points of a
+    """Every paired comparison: green is better, vermilion worse, grey cannot be told; the numbers are thousandths of a bit per byte, or points of a
     score. `table`: `comparisons.csv`."""
     measures, sides = list(dict.fromkeys(table["measure"])), [a for a in ("original", "cpt") if (table["against"] == a).any()]
     columns = {a: in_order(table.loc[table["against"] == a, "variant"]) for a in sides}

@@ -38,7 +38,7 @@ CAPTIONS = {
     "benchmarks": "Scores with 95 % intervals; n = {items} items a task.",
     "general": "Bits per byte with 95 % intervals; at the right token perplexity; dashed: the original. "
                "{general}.",
-    "verdicts": "Every paired comparison, after Benjamini-Hochberg over the measures of a pair: blue is better, vermilion worse, "
+    "verdicts": "Every paired comparison, after Benjamini-Hochberg over the measures of a pair: green is better, vermilion worse, "
                 "grey cannot be told. Numbers are thousandths of a bit per byte (less is better) and points of a score.",
     "checkpoints": "Bits per byte of every exported checkpoint over the training tokens it has seen, merges beside the last; shaded: 95 % "
                    "intervals of each value, which are wider than those of the paired differences. Table: token perplexity.",
@@ -84,13 +84,14 @@ def plates(tables: dict[str, pd.DataFrame], summary: dict, params: Params) -> li
     rows |= {kind: found.loc[found["kind"] == kind, SCORES] for kind in ("domain", "general")}
     road = figures.checkpoint_table(tables["perplexity"])
     rows |= {"verdicts": tables.get("comparisons", pd.DataFrame()), "checkpoints": road if len(road) > 2 else road[:0]}
+    of_kind = lambda draw: lambda t, width: draw(t, kinds=kinds, width=width)
     measured = lambda kind: lambda t, width: figures.perplexity(t, kind, width=width)
     tried = lambda t, width: figures.sweep(t, tables.get("seeds"), (summary["winner"] or "").removeprefix("merge:"), width=width)
     order = [("tradeoff", "Gain against forgetting", figures.tradeoff),
-             ("funnel", "What was read and kept", figures.funnel),
-             ("lengths", "How long the documents are", figures.lengths),
-             ("metrics", "Loss and learning rate", lambda t, width: figures.loss(t, kinds, width=width)),
-             ("mixture", "Mixture", figures.mixture), ("domain", "Domain perplexity", measured("domain")),
+             ("funnel", "What was read and kept", of_kind(figures.funnel)),
+             ("lengths", "How long the documents are", of_kind(figures.lengths)),
+             ("metrics", "Loss and learning rate", of_kind(figures.loss)),
+             ("mixture", "Mixture", of_kind(figures.mixture)), ("domain", "Domain perplexity", measured("domain")),
              ("benchmarks", "Benchmarks", figures.benchmarks),
              ("general", "General perplexity", measured("general")),
              ("verdicts", "What can be told apart", figures.verdicts),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import made_run
-from domain_adapt import figures
+from domain_adapt import figures, site
 from domain_adapt.runs import notebook_path
 
 RNG = np.random.default_rng(1)
@@ -291,7 +291,7 @@ def test_a_flat_plane_and_a_cliff_beyond_its_edges_can_be_drawn(bits):
 @pytest.mark.parametrize("ground", ["#ffffff", "#121212"])
 def test_colours_stand_out_on_both_grounds(ground):
     "WCAG asks 3 to 1 of graphics."
-    for colour in [*figures.FAMILIES.values(), *figures.KINDS.values()]:
+    for colour in [*figures.FAMILIES.values(), *figures.KINDS.values(), figures.VERDICTS["better"], figures.VERDICTS["worse"]]:
         light, dark = sorted([luminance(colour), luminance(ground)], reverse=True)
         assert (light + .05) / (dark + .05) >= 3, colour
 
@@ -302,18 +302,42 @@ SEEN_BY = {  # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
     "tritan": [[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .303900]]}
 
 
+def seen_by(eye: str, colour: str) -> np.ndarray:
+    "A colour in Lab as an eye sees it."
+    linear = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]) ** 2.2
+    x, y, z = (np.array([[.4124, .3576, .1805], [.2126, .7152, .0722],
+                         [.0193, .1192, .9505]]) @ np.clip(np.array(SEEN_BY[eye]) @ linear, 0, 1)) / [.9505, 1, 1.089]
+    f = np.cbrt([x, y, z])
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
 @pytest.mark.parametrize("eye", SEEN_BY)
 def test_families_differ_for_colour_blind_eyes(eye):
     "Original, base, CPT and merge stay apart in Lab; the two CPT tones differ by open and filled marks."
-    def seen(colour):
-        linear = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]) ** 2.2
-        x, y, z = (np.array([[.4124, .3576, .1805], [.2126, .7152, .0722],
-                             [.0193, .1192, .9505]]) @ np.clip(np.array(SEEN_BY[eye]) @ linear, 0,
-                                                               1)) / [.9505, 1, 1.089]
-        f = np.cbrt([x, y, z])
-        return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
-    tones = [seen(figures.FAMILIES[f]) for f in ("original", "base", "cpt", "merge:")]
+    tones = [seen_by(eye, figures.FAMILIES[f]) for f in ("original", "base", "cpt", "merge:")]
     assert min(np.linalg.norm(a - b) for i, a in enumerate(tones) for b in tones[i + 1:]) > 15
+
+
+@pytest.mark.parametrize("eye", SEEN_BY)
+def test_verdicts_are_told_apart_and_have_the_colours_of_the_tiles(eye):
+    better, worse, unsure = (seen_by(eye, c) for c in figures.VERDICTS.values())
+    assert min(np.linalg.norm(a - b) for a, b in ((better, worse), (better, unsure), (worse, unsure))) > 15
+    for word in ("better", "worse"): assert f".tiles > .{word} {{ border-left-color: {figures.VERDICTS[word]}; }}" in site.LAYOUT
+    assert figures.VERDICTS["better"] not in [*figures.FAMILIES.values(), *figures.KINDS.values()]
+
+
+FUNNEL = pd.DataFrame([dict(corpus=c, step=s, documents=3, characters=n) for c in ("sec", "wiki", "odd") for s, n in (("read", 9), ("kept", 6))])
+LENGTHS = pd.DataFrame([dict(corpus=c, from_characters=2 ** n, documents=n) for c in ("sec", "wiki", "odd") for n in (9, 10)])
+MIXTURE = pd.DataFrame([dict(corpus=c, asked=.3, documents=2, tokens=9, share=.3) for c in ("sec", "wiki", "odd")])
+
+
+@pytest.mark.parametrize("draw, table", [(figures.funnel, FUNNEL), (figures.lengths, LENGTHS), (figures.mixture, MIXTURE)])
+def test_a_corpus_has_the_colour_of_its_kind(draw, table):
+    inks = [figures.KINDS["domain"], figures.KINDS["general"], figures.FAMILIES["original"]]
+    axes = draw(table, kinds=dict(sec="domain", wiki="general")).axes
+    if draw is figures.mixture: assert [line.get_markeredgecolor() for line in axes[0].lines] == [c for c in inks for _ in range(2)]
+    else: assert [{matplotlib.colors.to_hex(p.get_facecolor()) for p in ax.patches} for ax in axes[:3]] == [{c} for c in inks]
+    assert not any(c in figures.svg(draw(table)) for c in inks[:2])
 
 
 def test_text_of_a_table_cannot_become_markup():
