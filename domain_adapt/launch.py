@@ -16,7 +16,7 @@ import psutil
 from .mixture import check_mixture, mixture
 from .models import get_model, usable_cores
 from .params import Params, Train, UserError, validate
-from .runs import ROOT, die_with_parent, progress, write_csv, write_json, write_text
+from .runs import ROOT, die_with_parent, outside_jobs, progress, write_csv, write_json, write_text
 from .train import REQUEUE
 
 # %% ../nbs/35_launch.ipynb #abf9ebac
@@ -233,9 +233,9 @@ POLL = 5.0
 
 def _slurm(*command: str) -> subprocess.CompletedProcess:
     "Run one of Slurm's commands. Raises `UserError` where there is none."
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
-    given = dict(env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-    try: return subprocess.run(command, **given)
+    given = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    try:
+        with outside_jobs(): return subprocess.run(command, **given)
     except FileNotFoundError:
         raise UserError(f"train.launcher: there is no {command[0]} on this machine; run on a node that sends jobs, "
                         "or write the job with `domain-adapt launch` and send it there") from None

@@ -6,7 +6,7 @@
 __all__ = ['LIBC', 'STAGES', 'RESUMED', 'HOW', 'ROOT', 'PACKAGE', 'DRAWING', 'DATA', 'write_bytes', 'write_text', 'write_json',
            'write_csv', 'read_lines', 'whole_folder', 'progress', 'die_with_parent', 'outputs', 'notebook_path',
            'digest', 'modules_used', 'local_path', 'fingerprint', 'environment', 'machine', 'peak_memory', 'locked',
-           'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'Finished', 'finished', 'open_stage']
+           'outside_jobs', 'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'Finished', 'finished', 'open_stage']
 
 # %% ../nbs/02_runs.ipynb #0b049725
 import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, resource, shutil, sys, tempfile, threading, time, uuid
@@ -299,6 +299,14 @@ def locked(path: Path, what: str) -> Iterator[None]:
                             "wait for it to end or stop it") from None
         f.truncate(0); f.write(str(os.getpid())); f.flush()
         yield
+
+# %% ../nbs/02_runs.ipynb #5c1e0a02
+@contextlib.contextmanager
+def outside_jobs() -> Iterator[None]:
+    "Without the variables by which a Slurm job, where this process is part of one, speaks to its tasks."
+    told = {k: os.environ.pop(k) for k in [*os.environ] if k.startswith("SLURM_") and k != "SLURM_CONF"}
+    try: yield
+    finally: os.environ.update(told)
 
 # %% ../nbs/02_runs.ipynb #1dbec4ce
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def _client(process: int) -> Any:
     style = "path" if os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL_S3") else "auto"
     config = botocore.config.Config(retries=dict(mode="standard", max_attempts=6), connect_timeout=10,
                                     s3=dict(addressing_style=style))
-    return boto3.Session().client("s3", config=config)
+    try: return boto3.Session().client("s3", config=config)
+    except ValueError as e: raise UserError(f"AWS_ENDPOINT_URL: {e}; write http://host:port") from None
 
 def parts(address: str) -> tuple[str, str]:
     "Bucket and key of `s3://bucket/key`. Raises `UserError`."

@@ -245,10 +245,11 @@ def write_chosen(sweep: Sweep, out: Path) -> dict:
 
 # %% ../nbs/55_sweep.ipynb #7d97425b
 def _third(models: Mapping[str, Path]) -> str | None:
-    "What lies beside original and cpt: a base, the checkpoint in the middle, or the first of merge.models."
-    beside = [n for n in models if n not in ("original", "cpt")]
+    "What lies beside original and cpt: a base, the first of merge.models, or the checkpoint in the middle."
+    beside = [n for n in models if n not in ("base", "original", "cpt")]
     on_the_way = [n for n in beside if n.startswith("cpt@")]
-    return "base" if "base" in beside else on_the_way[len(on_the_way) // 2] if on_the_way else next(iter(beside), None)
+    others = [n for n in beside if n not in on_the_way] or on_the_way[len(on_the_way) // 2:]
+    return "base" if "base" in models else next(iter(others), None)
 
 def _landscape(sweep: Sweep, out: Path) -> None:
     "density.csv and plane.csv; empty where not asked for, or without a third model."

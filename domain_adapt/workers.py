@@ -18,7 +18,7 @@ from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from . import s3
 from .params import Slurm, UserError
-from .runs import ROOT, die_with_parent, progress
+from .runs import ROOT, die_with_parent, outside_jobs, progress
 from .sources.reading import DAMAGE, Unreadable, not_kept
 
 # %% ../nbs/17_workers.ipynb #051145d0
@@ -222,17 +222,25 @@ def _on_slurm(steps: list[PipelineStep], logs: Path, tasks: int, description: st
     "Submit the tasks, or find their job again, and follow it to its end."
     note = logs / "job"
     if not (note.exists() and _state(note.read_text())):
-        python = f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH="{ROOT}:$PYTHONPATH"'
+        python = (f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH="{ROOT}:$PYTHONPATH" '
+                  "SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")    # srun looks at no other
         executor = _Slurm(steps, tasks, slurm.time, slurm.partition, mem_per_cpu_gb=slurm.memory_gb,
                           workers=workers or -1, job_name="domain-adapt-" + re.sub(r"\W+", "-", description),
                           qos=None, env_command=python, sbatch_args=slurm.options, logging_dir=str(logs))
-        try: executor.run()
+        try:
+            with outside_jobs(): executor.run()
         except (FileNotFoundError, subprocess.CalledProcessError) as e:
             raise UserError(f"{section}.slurm: the tasks could not be sent ({e}); try "
                             f"{logs / 'launch_script.slurm'} by hand with sbatch") from None
         if executor.job_id == -1: return
         note.write_text(str(executor.job_id))
-    job = note.read_text()
+    try: _follow(note.read_text(), logs, tasks, section)
+    except KeyboardInterrupt:
+        print(f"Slurm job {note.read_text()} goes on: run again to follow it, or end it with `scancel {note.read_text()}`")
+        raise
+
+def _follow(job: str, logs: Path, tasks: int, section: str) -> None:
+    "Wait until all tasks are done. Raises `UserError` where the job ends before, or can never start."
     while done(logs) < tasks:
         state = _state(job)
         if not state and (left := tasks - done(logs)):
@@ -247,9 +255,10 @@ def _on_slurm(steps: list[PipelineStep], logs: Path, tasks: int, description: st
 NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints")
 
 def _state(job: str) -> str:
-    "Why a job waits, or that it runs (None), as Slurm says; empty where it has ended."
+    "Why a job waits, or that it runs (None), as Slurm says; empty where it has ended, `silent` where Slurm does not answer."
     asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%r"], capture_output=True, text=True)
-    return asked.stdout.split("\n")[0].strip() if asked.returncode == 0 else ""
+    if asked.returncode and "Invalid job id" not in asked.stderr: return "silent"
+    return asked.stdout.split("\n")[0].strip()
 
 # %% ../nbs/17_workers.ipynb #aa4bb593
 def passed(logs: Path, tasks: int) -> list[tuple[int, int]]:

@@ -57,6 +57,21 @@ def test_slurm_gives_the_same_bytes(cluster, corpora, tmp_path):
     assert "#SBATCH --partition=main" in script and "#SBATCH --mem-per-cpu=1G" in script
 
 
+def test_a_task_of_a_job_sends_a_job(cluster, corpora, tmp_path, monkeypatch):
+    "As an arm of a study does, which is a task of an array itself."
+    for name in ("ARRAY_TASK_ID", "MEM_PER_NODE", "CPUS_PER_TASK"): monkeypatch.setenv(f"SLURM_{name}", "7")
+    run(on_slurm(corpora), tmp_path / "out")
+    assert records(tmp_path / "out" / "documents") and os.environ["SLURM_ARRAY_TASK_ID"] == "7"
+
+
+def test_a_controller_that_does_not_answer_is_no_job_that_ended(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for said, state in (("Unable to contact slurm controller", "silent"), ("Invalid job id specified", "")):
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\necho 'slurm_load_jobs error: {said}' >&2\nexit 1\n")
+        (tmp_path / "squeue").chmod(0o755)
+        assert workers._state("7") == state
+
+
 @pytest.mark.fault
 def test_a_login_node_that_is_cut_off_finds_its_job_again(cluster, corpora, tmp_path, monkeypatch):
     (tmp_path / "script.py").write_text(SCRIPT.replace("ingest(validate", "clean.MAX_TASKS = 2\nclean.ingest(validate"))
