@@ -100,3 +100,11 @@ def test_a_copy_is_whole_when_its_marker_is_there(bucket, server, tmp_path):
     if server[0] == "ceph":    # which knows conditional writes
         (tmp_path / "funnel.csv").write_bytes(b"other\n")
         with pytest.raises(UserError, match="another copy is complete"): s3.upload(tmp_path, at, folder_of(tmp_path, **{"funnel.csv": b"other!\n"}))
+
+
+def test_an_endpoint_that_is_no_address_is_named_without_its_login(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://jo:swordfish@my_store:9000")
+    s3._client.cache_clear()
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL: Invalid endpoint.*write http") as told: s3.listing("s3://bucket/folder")
+    assert "swordfish" not in str(told.value)
+    s3._client.cache_clear()

@@ -353,3 +353,9 @@ class TestRefused:
         folders, params = stage
         with pytest.raises(UserError, match="step_<n>"):
             merge_candidates(params(), folders | {"train": tmp_path}, tmp_path)
+
+
+def test_what_is_looked_at_beside_original_and_cpt():
+    third = lambda *names: sweep._third(dict.fromkeys(("original", *names, "cpt")))
+    assert third("cpt@16", "chat", "base") == "base" and third("cpt@16", "chat") == "chat", "another training says more than a step on the way"
+    assert third("cpt@8", "cpt@16", "cpt@24") == "cpt@16" and third() is None
