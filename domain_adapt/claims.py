@@ -302,7 +302,7 @@ CLAIMS = [
     Claim("CPT hardly turns the weights: their cosine is near 1", CASE, _aligned, "the merge stage"),
     Claim("So SLERP equals linear", CASE, _slerp, "candidates slerp and linear with t = weight"),
     Claim("Task vectors of different trainings are nearly orthogonal", CASE, _orthogonal,
-          "two trainings over one base: base and train.checkpoint, or merge.models without base and earlier checkpoints"),
+          "two trainings over one base: base and train.checkpoint, or merge.models without base"),
     Claim("So TIES has no edge over linear", CASE, _ties, "candidates ties and linear of one weight"),
     Claim("DARE-TIES is like TIES", CASE, _dare, "candidates dare_ties and ties of one weight and density"),
     Claim("Lower densities help", CASE, _trimmed, "merge.landscape.densities"),
