@@ -567,13 +567,13 @@ def test_a_failed_arm_does_not_lose_the_others_and_is_named(done):
 @pytest.mark.slow
 def test_nothing_is_done_twice(done, cli):
     said, outputs, file = done
-    assert {s: len(folders(outputs, s)) for s in ("ingest", "tokens", "train", "merge", "evaluate")} == {"ingest": 1, "tokens": 2, "train": 2, "merge": 2, "evaluate": 2}
+    assert {s: len(folders(outputs, s)) for s in ("ingest", "tokens", "train", "merge", "evaluate")} == {"ingest": 1, "tokens": 1, "train": 2, "merge": 2, "evaluate": 2}
     before = {p: p.stat().st_mtime_ns for p in (outputs / ".stages").rglob("*") if p.is_file() and ".locks" not in p.parts}
     again = cli("study", outputs / "small/study.yaml", env=at(outputs), timeout=1800)
     assert "3 arms, 2 done already" in again.stdout and again.returncode == 2, again.stdout + again.stderr
     assert before == {p: p.stat().st_mtime_ns for p in (outputs / ".stages").rglob("*") if p.is_file() and ".locks" not in p.parts}
     cost = pd.read_csv(outputs / "small/tables/costs.csv")
-    assert cost.loc[cost["shared"], "stage"].tolist() == ["ingest"]
+    assert cost.loc[cost["shared"], "stage"].tolist() == ["ingest", "tokens"]
 
 
 @pytest.mark.slow
