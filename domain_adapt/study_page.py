@@ -268,7 +268,7 @@ def _outside(found: Found) -> str:
     first, last = (f"{none['loss'].iloc[i]:.3f}" for i in (0, -1))
     went = f"it did not move from {first}" if first == last else f"it went from {first} to {last}"
     return (f"Without general text the law has the general loss stand still; {went} nats a token after the warm-up."
-            + (f" The law knows no loss that rises with tokens, as it does in {', '.join(rises)}." if rises else ""))
+            + (f" The law knows no loss that rises with tokens, as it does in {_many(len(rises), 'arm')}: {', '.join(rises)}." if rises else ""))
 
 def _law(found: Found) -> str:
     missing = lambda key: "; ".join(f"of {text} text: {found.why[key + text]}" for text in ("domain", "general") if key + text in found.why)
