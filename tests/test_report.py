@@ -217,7 +217,7 @@ def test_a_run_with_less_in_it_still_has_a_report(tmp_path):
 def sources(monkeypatch, params, folders, out: Path) -> dict[str, str]:
     "What a report's pages are made from, without the time that Sphinx takes."
     built = {}
-    monkeypatch.setattr(report, "build_site", lambda title, pages, extra, out: built.update(pages))
+    monkeypatch.setattr(report, "build_site", lambda title, pages, extra, out: built.update(pages))    # what it makes of them, the tests above look at
     build_report(params, folders, out)
     return built
 

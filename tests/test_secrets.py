@@ -70,8 +70,8 @@ def test_a_traceback_of_the_command_line_hides_an_address(tmp_path):
 
 def test_the_note_of_a_failed_arm_hides_an_address(tmp_path, monkeypatch, capsys):
     def broken(params, until): raise ValueError("Invalid endpoint: http://jo:PASSWORD@my_minio:9000")
-    monkeypatch.setattr(study, "walk", broken)
-    monkeypatch.setattr(study.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(study, "walk", broken)    # no stage lets such an error out by itself
+    monkeypatch.setattr(study.signal, "signal", lambda *_: None)    # the arm runs here, where SIGTERM is the tests' own
     (tmp_path / "arms").mkdir()
     (tmp_path / "arms/a.yaml").write_text((ROOT / TINY_YAML).read_text())
     study.work(str(tmp_path), "a")
