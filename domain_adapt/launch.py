@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 import pandas as pd
 import psutil
-from .mixture import check_mixture, mixture
+from .mixture import check_mixture, counted_mixture
 from .models import get_model, usable_cores
 from .params import Params, Train, UserError, validate
 from .runs import ROOT, die_with_parent, outside_jobs, progress, write_csv, write_json, write_text
@@ -318,7 +318,7 @@ def take_checkpoint(name: str, out: Path) -> None:
 def prepare(params: Params, folders: dict[str, Path], out: Path) -> None:
     "Write `job.json`, which the processes read. Raises `UserError` where sizes, layout and data do not fit."
     check_layout(params.train)
-    check_mixture(params, mixture(params, pd.read_csv(folders["tokens"] / "splits.csv")))
+    check_mixture(params, counted_mixture(params, folders["tokens"]))
     job = dict(params=params.model_dump(mode="json"), model=str(get_model(params.model)),
                tokens=str(folders["tokens"].absolute()), out=str(out.absolute()))
     write_json(out / "job.json", job)

@@ -420,9 +420,8 @@ def disk_problems(params: Params, config: Mapping, folder: Path) -> list[str]:
 def token_problems(params: Params, folder: Path) -> list[str]:
     "Whether the tokens that stage 2 counted in `folder` last for the training; none where it is not done."
     if not (folder / "stage.json").is_file(): return []
-    import pandas as pd
-    from domain_adapt.mixture import mixture, too_often
-    return too_often(params, mixture(params, pd.read_csv(folder / "splits.csv")))
+    from domain_adapt.mixture import counted_mixture, too_often
+    return too_often(params, counted_mixture(params, folder))
 
 def problems_here(params: Params) -> list[str]:
     "What is wrong with the training on this machine, beyond `problems`. Nothing is fetched."

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 import pandas as pd
 from .flops import parameters, shape_of
-from .mixture import mixture
+from .mixture import counted_mixture
 from .models import best_dtype, bf16_speedup, load_model, load_tokenizer, tune_cpu
 from .params import Params, Train, UserError, validate, hidden
 from .runs import die_with_parent, environment, write_csv, write_json
@@ -232,7 +232,7 @@ def load_data(job: dict, params: Params, hf) -> tuple:
     from domain_adapt import batches
     from domain_adapt.checkpoints import on_first
     tokens, index = Path(job["tokens"]), Path(job["out"]) / "index"
-    finished, blend = index / "finished", mixture(params, pd.read_csv(tokens / "splits.csv"))
+    finished, blend = index / "finished", counted_mixture(params, tokens)
     on_first(lambda: finished.exists() or shutil.rmtree(index, ignore_errors=True))
     vocabulary = batches.Vocabulary(hf.vocab_size, load_tokenizer(job["model"]).eos_token_id)
     data = batches.training_data(tokens, blend, vocabulary, params, index)
