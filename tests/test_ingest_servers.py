@@ -70,6 +70,9 @@ def test_a_controller_that_does_not_answer_is_no_job_that_ended(tmp_path, monkey
         (tmp_path / "squeue").write_text(f"#!/bin/sh\necho 'slurm_load_jobs error: {said}' >&2\nexit 1\n")
         (tmp_path / "squeue").chmod(0o755)
         assert workers._state("7") == state
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "squeue").unlink()
+    with pytest.raises(UserError, match="no squeue on this machine"): workers._state("7")
 
 
 @pytest.mark.fault
