@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'PICKLED', 'PACKAGED', 'check_folder', 'get_model', 'load_tokenizer', 'load_model', 'bf16_speedup',
-           'best_dtype', 'exports', 'files_hash', 'weights_hash', 'usable_cores', 'tune_cpu']
+           'best_dtype', 'usable_cores', 'tune_cpu', 'exports', 'files_hash', 'weights_hash']
 
 # %% ../nbs/04_models.ipynb #3abd16ff
 import ctypes, functools, hashlib, json, os, platform, re, time
@@ -159,26 +159,6 @@ def best_dtype(setting: str) -> str:
     if setting != "auto": return setting
     return "bf16" if bf16_speedup() >= 1.3 else "fp32"
 
-# %% ../nbs/04_models.ipynb #af10cad2
-def exports(train: Path) -> dict[int, Path]:
-    "HF folders of the train stage by step, the last one being the CPT model. Raises `UserError` where there is none."
-    found = dict(sorted((int(f.name.removeprefix("step_")), f) for f in (train / "hf").glob("step_*")))
-    if not found: raise UserError(f"{train / 'hf'}: holds no step_<n>; run the train stage again")
-    return found
-
-# %% ../nbs/04_models.ipynb #ac6543eb
-def files_hash(files: Mapping[str, Mapping]) -> str:
-    "One sha256 for many files, of their names and sha256s in order. `files`: as in `stage.json`."
-    lines = [f"{files[n]['sha256']}  {n}\n" for n in sorted(files)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-def weights_hash(folder: Path) -> str:
-    "One sha256 for the safetensors files of a model."
-    found = {}
-    for f in sorted(folder.glob("*.safetensors")):
-        with f.open("rb") as h: found[f.name] = {"sha256": hashlib.file_digest(h, "sha256").hexdigest()}
-    return files_hash(found)
-
 # %% ../nbs/04_models.ipynb #45d32da5
 def usable_cores() -> int:
     "`OMP_NUM_THREADS`, or the physical cores this process may run on, not more than its cgroup's share."
@@ -201,3 +181,23 @@ def tune_cpu() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)
+
+# %% ../nbs/04_models.ipynb #af10cad2
+def exports(train: Path) -> dict[int, Path]:
+    "HF folders of the train stage by step, the last one being the CPT model. Raises `UserError` where there is none."
+    found = dict(sorted((int(f.name.removeprefix("step_")), f) for f in (train / "hf").glob("step_*")))
+    if not found: raise UserError(f"{train / 'hf'}: holds no step_<n>; run the train stage again")
+    return found
+
+# %% ../nbs/04_models.ipynb #ac6543eb
+def files_hash(files: Mapping[str, Mapping]) -> str:
+    "One sha256 for many files, of their names and sha256s in order. `files`: as in `stage.json`."
+    lines = [f"{files[n]['sha256']}  {n}\n" for n in sorted(files)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+def weights_hash(folder: Path) -> str:
+    "One sha256 for the safetensors files of a model."
+    found = {}
+    for f in sorted(folder.glob("*.safetensors")):
+        with f.open("rb") as h: found[f.name] = {"sha256": hashlib.file_digest(h, "sha256").hexdigest()}
+    return files_hash(found)

@@ -218,8 +218,8 @@ class Gpu(Strict):
 class Train(Strict):
     """Continual pre-training on `nodes` x `processes`. An `export_at` is a share of the steps or, above 1, a
     number of tokens; `max_epochs` is how often a corpus may be gone through; `metrics_port` serves Prometheus.
-    At the end of a document the next one may `attend` to it, its first token not counted (`mask_loss`), or not
-    see it at all (`separate`)."""
+    Of the documents in a sequence a later one sees those before it (`attend`), sees them but its first token is
+    not counted (`mask_loss`), or does not see them (`separate`)."""
     steps: PositiveInt = 40
     global_batch: PositiveInt = 4
     micro_batch: PositiveInt = 4

@@ -326,7 +326,7 @@ class Stage:
     def lock(self) -> Path: return self.folder.parent / ".locks" / self.folder.name
 
     def run(self, work: Callable[[Params, dict[str, Path], Path], None]) -> None:
-        "Do `work(params, folders, folder)` unless it is done. What a failed or killed try left is removed."
+        "Do `work(params, folders, folder)` unless it is done. What a failed or killed try left is removed, or gone on with (`RESUMED`)."
         self.check_before()
         if self.complete: return print(f"{self.name} is done: {self.folder.name}")
         with locked(self.lock, f"stage {self.name} ({self.folder.name})"):

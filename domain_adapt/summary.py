@@ -96,7 +96,7 @@ def _steps(metrics: pd.DataFrame | None) -> dict[str, int | None]:
     return {"tokens_trained": int(metrics["tokens"].max()), "steps": int(metrics["step"].max()) - skipped, "skipped": skipped}
 
 def summarise(params: Params, folders: dict[str, Path], tables: dict[str, pd.DataFrame]) -> dict:
-    "The contract's summary: headline numbers computed from the tables, None where one is undefined."
+    "summary.json: the headline numbers computed from the tables, None where one is undefined."
     kinds, blocks = params.kinds, reported(tables["blocks"])
     bits = stats.draws(blocks, params.seed)
     chosen, info = _json(folders["merge"] / "selection.json"), _json(folders["train"] / "info.json")
