@@ -632,7 +632,8 @@ def verdicts(table: pd.DataFrame, width: float = 7.4) -> Figure:
     fig = Chart(width, 1.6 + .25 * len(measures) * (len(sides) if width < NARROW else 1))
     if width < NARROW: axes = fig.subplots(len(sides), 1, squeeze=False).ravel()
     else: axes = fig.subplots(1, len(sides), squeeze=False, sharey=True, width_ratios=[len(columns[a]) for a in sides]).ravel()
-    named = [m.removeprefix("bits_per_byte/") + " · bits per byte" if m.startswith("bits_per_byte/") else m.replace("/", " · ") for m in measures]
+    named = [m.removeprefix("bits_per_byte/") + " · 10⁻³ bits per byte" if m.startswith("bits_per_byte/") else m.replace("/", " · ") + ", points"
+             for m in measures]
     for ax, against in zip(axes, sides):
         _squares(ax, table[table["against"] == against], measures, columns[against])
         ax.set_title(f"against {against}")
@@ -926,7 +927,7 @@ def plane(table: pd.DataFrame, width: float = 7.4) -> Figure:
         ax.set(aspect="equal", xticks=[], yticks=[])
         ax.spines["bottom"].set_visible(False)
         ax.grid(False)
-        _axis(ax, x="bits per byte; \N{BLACK STAR}: lowest", title=f"{kind} text")
+        _axis(ax, x="colour: bits per byte, less is better; \N{BLACK STAR}: lowest", title=f"{kind} text")
     return fig
 
 # %% ../nbs/60_figures.ipynb #b2f3ab15
