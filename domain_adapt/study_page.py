@@ -43,14 +43,15 @@ def ladder(table: pd.DataFrame, x: str = "", width: float = 7.4) -> Figure:
     "Domain gain and general change (%) of CPT models and merges over the arms, with 95 % intervals. `table`: `curve.csv`."
     fig, axes = _panels(2, width, 2.8)
     where = table.drop_duplicates("at").sort_values("at")
-    apart = (where["at"].max() - where["at"].min() or 1) * .012
+    span = where["at"].max() - where["at"].min() or 1
+    apart, crowded = span * .012, width < NARROW or (where["at"].diff() < span / 6).any()
     for ax, (measure, title) in zip(axes, SHOWN.items()):
         ax.axhline(0, color=colour("original"), lw=1, dashes=(3, 3))
         for shift, (variant, (name, ink, shape)) in zip((-apart, apart), LOOKS.items()):
             t = table[(table["measure"] == measure) & (table["variant"] == variant)].sort_values("at")
             ax.vlines(t["at"] + shift, t["ci_low"], t["ci_high"], color=colour(ink), lw=2, alpha=.5)
             ax.plot(t["at"] + shift, t["value"], color=colour(ink), marker=shape, markersize=6, lw=1.2, label=name)
-        ax.set_xticks(where["at"], where["label"], rotation=0 if len(where) < 6 and width > NARROW else 40)
+        ax.set_xticks(where["at"], where["label"], rotation=40 if crowded else 0)
         ax.set_title(title, pad=20)
         ax.text(0, 1.02, "% of the original's bits per byte", transform=ax.transAxes, color=MUTED, fontsize=9)
         if ax in axes[-1:] or width > NARROW: ax.set_xlabel(x)
