@@ -49,6 +49,14 @@ def test_the_notebooks_without_parameters_do_the_tiny_run_in_a_minute_each(tiny_
     assert {p.name for p in (tmp_path / "o/.stages").iterdir()} == {p.name for p in (tiny_run / ".stages").iterdir()}
 
 
+def test_the_notebook_of_figures_runs_in_a_kernel_where_it_draws_live(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "papermill", ROOT / "nbs/60_figures.ipynb", tmp_path / "out.ipynb", "--no-progress-bar"],
+                          cwd=ROOT, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    live = next(c for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if "with live(" in c.source and c.cell_type == "code")
+    assert any(o["output_type"] == "display_data" for o in live.outputs)
+
+
 @pytest.mark.server
 def test_papermill_alone_from_anywhere_into_s3(copy, tmp_path):
     for folder in (copy / ".stages").glob("tokens-*"): shutil.rmtree(folder)
