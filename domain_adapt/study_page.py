@@ -44,7 +44,7 @@ def ladder(table: pd.DataFrame, x: str = "", width: float = 7.4) -> Figure:
     fig, axes = _panels(2, width, 2.8)
     where = table.drop_duplicates("at").sort_values("at")
     span = where["at"].max() - where["at"].min() or 1
-    apart, crowded = span * .012, width < NARROW or (where["at"].diff() < span / 6).any()
+    apart, crowded = span * .012, width < NARROW or (where["at"].diff() <= span / 5).any()
     for ax, (measure, title) in zip(axes, SHOWN.items()):
         ax.axhline(0, color=colour("original"), lw=1, dashes=(3, 3))
         for shift, (variant, (name, ink, shape)) in zip((-apart, apart), LOOKS.items()):
