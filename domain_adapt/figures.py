@@ -632,8 +632,9 @@ def verdicts(table: pd.DataFrame, width: float = 7.4) -> Figure:
     fig = Chart(width, 1.6 + .25 * len(measures) * (len(sides) if width < NARROW else 1))
     if width < NARROW: axes = fig.subplots(len(sides), 1, squeeze=False).ravel()
     else: axes = fig.subplots(1, len(sides), squeeze=False, sharey=True, width_ratios=[len(columns[a]) for a in sides]).ravel()
-    named = [m.removeprefix("bits_per_byte/") + " · 10⁻³ bits per byte" if m.startswith("bits_per_byte/") else m.replace("/", " · ") + ", points"
-             for m in measures]
+    named = [m.removeprefix("bits_per_byte/").replace("/", " · ") for m in measures]
+    if width >= NARROW:
+        named = [n + (" · 10⁻³ bits per byte" if m.startswith("bits_per_byte/") else ", points") for m, n in zip(measures, named)]
     for ax, against in zip(axes, sides):
         _squares(ax, table[table["against"] == against], measures, columns[against])
         ax.set_title(f"against {against}")
