@@ -1,6 +1,7 @@
 "SmolLM2-135M on the quickstart's own tokens: under other layouts, killed, and on two nodes of a real Slurm."
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,7 +29,12 @@ SAVING = "train.save={every: 2, keep: 1}"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path: return tmp_path_factory.mktemp("outputs")
+def home(tmp_path_factory):
+    "An outputs folder, removed at the end: with those made from it it holds 20 GB."
+    folder = tmp_path_factory.mktemp("smollm2") / "outputs"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder.parent)
 
 
 def command(home: Path, *more: str, stage: str = "train") -> tuple[list[str], dict]:
@@ -59,20 +65,26 @@ def one(home) -> Path:
     return trained(home, "train.max_epochs=1.0")
 
 
-def apart(home: Path, seed: int) -> Path:
-    "Outputs of their own that have the same tokens."
-    import shutil
-    new = home.parent / f"{home.name}-{seed}"
-    (new / ".stages").mkdir(parents=True)
-    for f in (home / ".stages").glob("*"):
-        if f.name.startswith(("ingest-", "tokens-")): shutil.copytree(f, new / ".stages" / f.name)
-    return new
+@pytest.fixture
+def apart(home):
+    "Makes outputs of their own that have the same tokens; removed when the test is over."
+    made = []
+
+    def make() -> Path:
+        made.append(home.parent / f"outputs-{len(made)}")
+        (made[-1] / ".stages").mkdir(parents=True)
+        for f in (home / ".stages").glob("*"):
+            if f.name.startswith(("ingest-", "tokens-")): shutil.copytree(f, made[-1] / ".stages" / f.name)
+        return made[-1]
+
+    yield make
+    for folder in made: shutil.rmtree(folder)
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("number, processes, layout, optimizer", [(1, 3, "tp: 3", "false"), (2, 2, "pp: 2", "false"), (3, 2, "", "true")])
-def test_losses_and_norms_are_those_of_one_process(home, one, number, processes, layout, optimizer):
-    out = trained(apart(home, number), f"train.processes={processes}", f"train.layout={{{layout}}}", f"train.distributed_optimizer={optimizer}")
+@pytest.mark.parametrize("processes, layout, optimizer", [(3, "tp: 3", "false"), (2, "pp: 2", "false"), (2, "", "true")])
+def test_losses_and_norms_are_those_of_one_process(apart, one, processes, layout, optimizer):
+    out = trained(apart(), f"train.processes={processes}", f"train.layout={{{layout}}}", f"train.distributed_optimizer={optimizer}")
     for column in ("loss", "grad_norm", "heldout/sec", "heldout/news"):
         assert list(metrics(out)[column].dropna()) == pytest.approx(list(metrics(one)[column].dropna()), rel=1e-5), column
     a, b = weights(one), weights(out)
@@ -88,8 +100,8 @@ def wait_for_checkpoint(out: Path, child: subprocess.Popen) -> None:
 
 @pytest.mark.fault
 @pytest.mark.equality
-def test_killed_it_ends_with_the_same_bits(home, one):
-    new = apart(home, 4)
+def test_killed_it_ends_with_the_same_bits(apart, one):
+    new = apart()
     words, env = command(new, SAVING)
     child = subprocess.Popen(words, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_checkpoint(folder(new), child)
@@ -105,11 +117,11 @@ def test_killed_it_ends_with_the_same_bits(home, one):
 @pytest.mark.server
 @pytest.mark.equality
 @pytest.mark.skipif(not has_slurm(), reason="needs Slurm (apt: slurm-wlm munge) and root")
-def test_on_two_nodes_a_killed_rank_requeues_the_job_and_the_bits_are_the_same(home, one, tmp_path):
+def test_on_two_nodes_a_killed_rank_requeues_the_job_and_the_bits_are_the_same(apart, one, tmp_path):
     "The oracle is an uninterrupted run on two processes here."
     layout = ["train.processes=2", "train.distributed_optimizer=true"]
-    straight = trained(apart(home, 5), *layout)
-    new = apart(home, 6)
+    straight = trained(apart(), *layout)
+    new = apart()
     with slurm(tmp_path) as environment:
         words, env = command(new, "train.launcher=slurm", "train.nodes=2", "train.processes=1", "train.distributed_optimizer=true", SAVING,
                              "train.job={gpus: false, partition: main, time: '0:20:00', setup: ['export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1']}")

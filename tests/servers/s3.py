@@ -71,6 +71,7 @@ osd pool default pgp num = 8
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
 mon allow pool size one = true
+mon data avail crit = 0
 mon max pg per osd = 1000
 log file = {at}/log/$name.log
 admin socket = {at}/run/$name.asok
