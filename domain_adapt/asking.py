@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .answers import Answers
 from .models import load_model
 from .params import UserError
-from .perplexity import SLICE, Block, block_rows, linear_head, score_blocks
+from .perplexity import PLACES, SLICE, Block, block_rows, by_length, linear_head, score_blocks
 
 # %% ../nbs/42_asking.ipynb #84d574ca
 @dataclass
@@ -116,8 +116,6 @@ def quiet() -> Iterator[None]:
 # %% ../nbs/42_asking.ipynb #9055faf3
 class SharedContext(HFLM):
     "lm-eval's `hf` model, but that it reads the context of an item's choices once."
-    tokens = 1024
-
     def __init__(self, model, tokenizer):
         with quiet(): super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
         self.shares, window = reads_trees(model), getattr(model.config.get_text_config(), "sliding_window", None)
@@ -129,17 +127,11 @@ class SharedContext(HFLM):
         if not self.shares or max(len(c) + len(k) for _, c, k in requests) > self.window:
             return super()._loglikelihood_tokens(requests, True, override_bs)
         trees, found = grow([(c, k) for _, c, k in requests], self.max_length), [(0.0, False)] * len(requests)
-        for batch in self._batches(sorted(trees, key=lambda t: (-len(t.ids), t.ids))):
+        trees.sort(key=lambda t: t.ids)
+        for batch in ([trees[n] for n in at] for at in by_length([len(t.ids) for t in trees], PLACES)):
             for tree, scores in zip(batch, tree_logprobs(self.model, batch)):
                 for i, s in zip(tree.asked, scores): found[i] = s
         return found
-
-    def _batches(self, trees: list[Tree]) -> Iterator[list[Tree]]:
-        "Runs of trees, longest first, that fill at most `tokens` with their padding."
-        while trees:
-            n = max(1, self.tokens // len(trees[0].ids))
-            yield trees[:n]
-            trees = trees[n:]
 
 # %% ../nbs/42_asking.ipynb #f1bc0207
 def check_backend(backend: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from domain_adapt import perplexity
 from domain_adapt.models import load_model, load_tokenizer
 from domain_adapt.params import Corpus, UserError
-from domain_adapt.perplexity import block_nll, comparisons, document_blocks, heldout_blocks, score_blocks, selection_blocks, spread, summarise
+from domain_adapt.perplexity import by_length, comparisons, document_blocks, heldout_blocks, score_blocks, selection_blocks, spread, summarise, window_nll
 
 CONTRACT = ("variant,tokens_seen,corpus,kind,half,documents,blocks,tokens,bytes,token_perplexity,word_perplexity,byte_perplexity,"
             "bits_per_byte,ci_low,ci_high,dtype").split(",")
@@ -52,11 +52,12 @@ def test_whole_documents_score_as_in_lm_eval(model, tokenizer, size):
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=size)
     theirs = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (t,), i) for i, t in enumerate(TEXTS[:12])], disable_tqdm=True)
     windows = [document_blocks(t, tokenizer, size) for t in TEXTS[:12]]
-    ours = [-sum(block_nll(model, w["context"], w["ids"]) for w in ws) for ws in windows]
+    nats = [window_nll(model, [(w["context"], w["ids"]) for w in ws]) for ws in windows]
+    ours = [-sum(n) for n in nats]
     assert ours == pytest.approx(theirs, rel=1e-4)
     frame = pd.DataFrame([dict(variant="original", corpus="c", kind="domain", half="report", document=i, block=w["block"], tokens=len(w["ids"]),
-                               bytes=w["bytes"], words=w["words"], nll=block_nll(model, w["context"], w["ids"]), dtype="fp32")
-                          for i, ws in enumerate(windows) for w in ws])
+                               bytes=w["bytes"], words=w["words"], nll=n, dtype="fp32")
+                          for i, ws in enumerate(windows) for w, n in zip(ws, nats[i])])
     row = summarise(frame, {"original": 0}, 0).iloc[0]
     per_word = [(ll, len(re.split(r"\s+", t))) for ll, t in zip(theirs, TEXTS)]
     per_byte = [(ll, len(t.encode())) for ll, t in zip(theirs, TEXTS)]
@@ -74,10 +75,22 @@ def test_a_block_costs_its_cross_entropy(tiny_llama, blocks, dtype, near):
     assert score_blocks(model, [b], "original")["nll"][0] == pytest.approx(exact, rel=near)
 
 
-def test_a_score_does_not_depend_on_its_company(model, blocks):
-    together = score_blocks(model, blocks[:10], "v")["nll"]
-    alone = [score_blocks(model, [b], "v")["nll"][0] for b in blocks[:10]]
-    assert together.tolist() == alone == score_blocks(model, blocks[9::-1], "v")["nll"].tolist()[::-1]
+@pytest.mark.parametrize("dtype, near", [("fp32", 1e-6), ("bf16", 5e-3)])
+def test_a_score_depends_on_its_company_by_rounding_alone(tiny_llama, blocks, dtype, near):
+    model = load_model(tiny_llama, dtype)
+    together = score_blocks(model, blocks, "v")["nll"].tolist()
+    assert together == pytest.approx([score_blocks(model, [b], "v")["nll"][0] for b in blocks], rel=near)
+    assert together == score_blocks(model, blocks, "v")["nll"].tolist()
+    assert together == pytest.approx(score_blocks(model, blocks[::-1], "v")["nll"].tolist()[::-1], rel=near)
+
+
+@given(st.lists(st.integers(1, 60)), st.integers(1, 100))
+def test_runs_by_length_hold_everything_once_and_no_more_than_asked(lengths, most):
+    made = list(by_length(lengths, most))
+    assert sorted(i for b in made for i in b) == list(range(len(lengths)))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= most for b in made)
+    longest = [lengths[i] for b in made for i in b]
+    assert longest == sorted(lengths, reverse=True)
 
 
 @pytest.mark.oracle
@@ -102,7 +115,7 @@ def test_fast_attention_is_only_for_what_it_was_measured_on_and_goes_again(tiny_
 def test_logits_of_a_window_are_never_whole(model, tokenizer):
     seen, head = [], model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
-    try: block_nll(model, [1], tokenizer.encode(TEXTS[6] * 5)[:700])
+    try: window_nll(model, [([1], tokenizer.encode(TEXTS[6] * 5)[:700])])
     finally: hook.remove()
     assert sum(seen) == 700 and max(seen) <= perplexity.SLICE
 
