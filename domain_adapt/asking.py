@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.functional import cross_entropy
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -84,7 +85,7 @@ def tree_logprobs(model, trees: Sequence[Tree]) -> list[list[tuple[float, bool]]
     logprobs, greedy = [], []
     for h, target in zip(_tree_states(model, trees)[row, place].split(SLICE), token.split(SLICE)):
         logits = model.get_output_embeddings()(h).float()
-        logprobs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1))
+        logprobs.append(-cross_entropy(logits, target, reduction="none"))
         greedy.append(logits.argmax(-1) == target)
     lengths = [len(b) for _, b, _ in branches]
     parts = zip(torch.cat(logprobs).split(lengths), torch.cat(greedy).split(lengths))

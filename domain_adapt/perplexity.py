@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface
 from .models import tune_cpu
 from .params import Corpus, UserError
@@ -114,7 +115,7 @@ def selection_blocks(tokens_folder: str | Path, corpora: Mapping[str, Corpus], t
     return [b for blocks, most in zip(found.values(), shares(sizes, max_tokens)) for b in _thinned(blocks, "select", most)]
 
 # %% ../nbs/41_perplexity.ipynb #65e7ca50
-SLICE, PLACES = 256, 2048
+SLICE, PLACES = 512, 2048
 
 def linear_head(model) -> bool:
     "Whether the logits are just the output embedding times the last hidden states (no scaling, no capping), on one device."
@@ -141,8 +142,7 @@ def window_nll(model, windows: Sequence[tuple[Sequence[int], Sequence[int]]], li
     read = model.base_model(inputs, use_cache=False).last_hidden_state if linear else model(inputs, use_cache=False).logits
     head, paid = model.get_output_embeddings() if linear else torch.nn.Identity(), []
     for h, token in zip(read[row, place].split(SLICE), target.split(SLICE)):
-        logits = head(h)
-        paid.append(logits.float().logsumexp(-1) - logits.gather(1, token[:, None])[:, 0].float())
+        paid.append(cross_entropy(head(h).float(), token, reduction="none"))
     return [float(p.double().sum()) for p in torch.cat(paid).split([len(ids) for _, ids in windows])]
 
 # %% ../nbs/41_perplexity.ipynb #865bb988
@@ -205,7 +205,7 @@ def score_blocks(model, blocks: Sequence[Block], variant: str) -> pd.DataFrame:
     linear, nats = linear_head(model), {}
     total = sum(len(b.ids) for b in blocks)
     with fast_attention(model), progress(total=total, description=f"perplexity of {variant}") as bar:
-        for batch in by_length([len(b.context) + len(b.ids) for b in blocks], PLACES):
+        for batch in by_length([len(b.context) + len(b.ids) - 1 for b in blocks], PLACES):
             nats |= zip(batch, window_nll(model, [(blocks[i].context, blocks[i].ids) for i in batch], linear))
             bar.update(sum(len(blocks[i].ids) for i in batch))
     return block_rows(blocks, [nats[i] for i in range(len(blocks))], variant, DTYPES[model.dtype])

@@ -12,7 +12,7 @@ __all__ = ['LIBC', 'STAGES', 'RESUMED', 'HOW', 'ROOT', 'PACKAGE', 'DRAWING', 'DA
 import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, resource, shutil, sys, tempfile, threading, time, uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 import domain_adapt
@@ -166,8 +166,9 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # %% ../nbs/02_runs.ipynb #65d1e222
-def _imports(source: str, module: str = "") -> set[str]:
-    "Modules of this package that Python `source` imports anywhere, as dotted names below the package."
+@cache
+def _imports(source: str, module: str = "") -> frozenset[str]:
+    "What Python `source` imports of this package anywhere, as dotted names below the package: modules, and names in them."
     inside, found = module.split(".")[:-1], set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
@@ -177,7 +178,7 @@ def _imports(source: str, module: str = "") -> set[str]:
             names = [stem, *(f"{stem}.{a.name}" for a in node.names)]
         else: continue
         found |= {n.removeprefix("domain_adapt.") for n in names if n.startswith("domain_adapt.")}
-    return {n for n in found if _module_file(n)}
+    return frozenset(found)
 
 def _module_file(name: str) -> Path | None:
     path = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
@@ -185,10 +186,11 @@ def _module_file(name: str) -> Path | None:
 
 def modules_used(source: str, without: frozenset[str] = frozenset()) -> list[str]:
     "Every module of this package that `source` needs, directly or through another, sorted."
-    todo, seen = _imports(source) - without, set()
+    modules = lambda source, of="": {n for n in _imports(source, of) if _module_file(n)} - without
+    todo, seen = modules(source), set()
     while todo:
         seen |= todo
-        todo = {m for name in todo for m in _imports(_module_file(name).read_text(), name)} - seen - without
+        todo = {m for name in todo for m in modules(_module_file(name).read_text(), name)} - seen
     return sorted(seen)
 
 # %% ../nbs/02_runs.ipynb #0a9d6927

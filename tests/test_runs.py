@@ -98,7 +98,7 @@ def test_no_room_imports_from_a_higher_number():
         names.append(text.split("default_exp ")[1].split()[0])
     assert len(names) > 15
     for i, name in enumerate(names):
-        used = runs._imports((runs.PACKAGE / (name.replace(".", "/") + ".py")).read_text(), name)
+        used = {n for n in runs._imports((runs.PACKAGE / (name.replace(".", "/") + ".py")).read_text(), name) if runs._module_file(n)}
         assert not used - set(names[:i]), f"{name} imports {used - set(names[:i])}"
 
 
