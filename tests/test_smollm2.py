@@ -65,30 +65,46 @@ def one(home) -> Path:
     return trained(home, "train.max_epochs=1.0")
 
 
+def copied(home: Path, name: str) -> Path:
+    "Outputs of their own that have the same tokens."
+    new = home.parent / name
+    (new / ".stages").mkdir(parents=True)
+    for f in (home / ".stages").glob("*"):
+        if f.name.startswith(("ingest-", "tokens-")): shutil.copytree(f, new / ".stages" / f.name)
+    return new
+
+
 @pytest.fixture
-def apart(home):
-    "Makes outputs of their own that have the same tokens; removed when the test is over."
-    made = []
-
-    def make() -> Path:
-        made.append(home.parent / f"outputs-{len(made)}")
-        (made[-1] / ".stages").mkdir(parents=True)
-        for f in (home / ".stages").glob("*"):
-            if f.name.startswith(("ingest-", "tokens-")): shutil.copytree(f, made[-1] / ".stages" / f.name)
-        return made[-1]
-
-    yield make
-    for folder in made: shutil.rmtree(folder)
+def apart(home, one):
+    "Outputs that are removed when the test is over."
+    yield copied(home, "apart")
+    shutil.rmtree(home.parent / "apart")
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize("processes, layout, optimizer", [(3, "tp: 3", "false"), (2, "pp: 2", "false"), (2, "", "true")])
-def test_losses_and_norms_are_those_of_one_process(apart, one, processes, layout, optimizer):
-    out = trained(apart(), f"train.processes={processes}", f"train.layout={{{layout}}}", f"train.distributed_optimizer={optimizer}")
+TWO = ["train.processes=2", "train.distributed_optimizer=true"]
+
+
+@pytest.fixture(scope="module")
+def two(home, one) -> Path:
+    "Two processes that share the optimizer."
+    return trained(copied(home, "two"), *TWO)
+
+
+def same_training(out: Path, one: Path) -> None:
     for column in ("loss", "grad_norm", "heldout/sec", "heldout/news"):
         assert list(metrics(out)[column].dropna()) == pytest.approx(list(metrics(one)[column].dropna()), rel=1e-5), column
     a, b = weights(one), weights(out)
     assert a.keys() == b.keys() and (out / "mixture.csv").read_bytes() == (one / "mixture.csv").read_bytes()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("processes, layout", [(3, "tp: 3"), (2, "pp: 2")])
+def test_losses_and_norms_are_those_of_one_process(apart, one, processes, layout):
+    same_training(trained(apart, f"train.processes={processes}", f"train.layout={{{layout}}}"), one)
+
+
+@pytest.mark.parity
+def test_losses_and_norms_of_a_shared_optimizer_are_those_of_one_process(two, one): same_training(two, one)
 
 
 def wait_for_checkpoint(out: Path, child: subprocess.Popen) -> None:
@@ -101,13 +117,12 @@ def wait_for_checkpoint(out: Path, child: subprocess.Popen) -> None:
 @pytest.mark.fault
 @pytest.mark.equality
 def test_killed_it_ends_with_the_same_bits(apart, one):
-    new = apart()
-    words, env = command(new, SAVING)
+    words, env = command(apart, SAVING)
     child = subprocess.Popen(words, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_checkpoint(folder(new), child)
+    wait_for_checkpoint(folder(apart), child)
     for p in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]: p.kill()
     child.wait()
-    out = trained(new, SAVING)
+    out = trained(apart, SAVING)
     a, b = weights(one), weights(out)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert any(e["what"] == "resumed" for e in read_lines(out / "events.jsonl"))
@@ -117,16 +132,13 @@ def test_killed_it_ends_with_the_same_bits(apart, one):
 @pytest.mark.server
 @pytest.mark.equality
 @pytest.mark.skipif(not has_slurm(), reason="needs Slurm (apt: slurm-wlm munge) and root")
-def test_on_two_nodes_a_killed_rank_requeues_the_job_and_the_bits_are_the_same(apart, one, tmp_path):
+def test_on_two_nodes_a_killed_rank_requeues_the_job_and_the_bits_are_the_same(apart, two, tmp_path):
     "The oracle is an uninterrupted run on two processes here."
-    layout = ["train.processes=2", "train.distributed_optimizer=true"]
-    straight = trained(apart(), *layout)
-    new = apart()
     with slurm(tmp_path) as environment:
-        words, env = command(new, "train.launcher=slurm", "train.nodes=2", "train.processes=1", "train.distributed_optimizer=true", SAVING,
+        words, env = command(apart, "train.launcher=slurm", "train.nodes=2", "train.processes=1", "train.distributed_optimizer=true", SAVING,
                              "train.job={gpus: false, partition: main, time: '0:20:00', setup: ['export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1']}")
         child = subprocess.Popen(words, env=env | environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        out = folder(new)
+        out = folder(apart)
         wait_for_checkpoint(out, child)
         ranks = [p for p in psutil.process_iter(["cmdline"]) if f"work('{out}" in " ".join(p.info["cmdline"] or []) and "torch.distributed.run" not in p.info["cmdline"]]
         assert len(ranks) == 2
@@ -141,6 +153,6 @@ def test_on_two_nodes_a_killed_rank_requeues_the_job_and_the_bits_are_the_same(a
         assert child.returncode == 0, said[-3000:]
     log = (out / "log.txt").read_text()
     assert "restart 1" in log and "torchrun" not in said
-    a, b = weights(straight), weights(out)
+    a, b = weights(two), weights(out)
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert metrics(out)["loss"].equals(metrics(straight)["loss"]) and json.loads((out / "info.json").read_text())["nodes"] == 2
+    assert metrics(out)["loss"].equals(metrics(two)["loss"]) and json.loads((out / "info.json").read_text())["nodes"] == 2
