@@ -175,8 +175,11 @@ html[data-theme="dark"] .bd-content div.cell_output .text_html {
 @media print {
     .plate, .tiles > div, tr { break-inside: avoid; }
     .bd-main .bd-content table { break-inside: auto; }
-    .rows, .cell_output { max-height: none; overflow: visible; }
-    .rows table { font-size: .7rem; width: 100%; } .rows th, .rows td { white-space: normal; padding: .15rem .25rem; position: static; }
+    .rows, .cell_output, .pst-scrollable-table-container { max-height: none !important; overflow: visible !important; }
+    .rows table { font-size: .6rem; width: 100%; } .rows thead { display: table-row-group; }
+    .rows th, .rows td { white-space: normal; padding: .1rem .15rem; position: static; } .rows .long { min-width: 0; }
+    .rows table:has(th:nth-child(9)) td:not(.n) { overflow-wrap: anywhere; } .rows table:has(th:nth-child(12)) { font-size: .5rem; }
+    .rows table:has(th:nth-child(16)) th { overflow-wrap: anywhere; }
     .csv, .copybtn, .headerlink, details.hide, .bd-header-article, .prev-next-footer { display: none !important; }
     details:not([open]).fold { color: var(--pst-color-text-muted); }
     #jb-print-docs-body { display: none !important; }

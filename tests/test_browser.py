@@ -188,7 +188,7 @@ def test_the_first_page_is_there_at_once(chromium, site):
     assert 0 < min(took) < 2000
 
 
-@pytest.mark.parametrize("name", ["index", "results", "claims", "5_evaluate"])
+@pytest.mark.parametrize("name", ["index", "results", "claims", "3_train", "4_merge", "5_evaluate"])
 def test_a_page_prints(chromium, site, name, tmp_path):
     "The contents at the side stay off the paper, and nothing is wider than it."
     with opened(chromium, site / f"{name}.html") as tab:
@@ -197,7 +197,7 @@ def test_a_page_prints(chromium, site, name, tmp_path):
         assert not tab.locator("nav.bd-links").is_visible()
         assert [h.is_visible() for h in tab.locator("h1").all()].count(True) == 1, "the title is there once"
         assert not [b for b in tab.locator("button.csv, .copybtn").all() if b.is_visible()]
-        assert tab.evaluate("""[...document.querySelectorAll('article figure.plate .wide svg, article p, article .tiles')].every(
+        assert tab.evaluate("""[...document.querySelectorAll('article figure.plate .wide svg, article p, article .tiles, article .rows table')].every(
             e => e.getBoundingClientRect().right <= innerWidth + 1)""")
         tab.emulate_media(media=None)
         assert tab.pdf(path=tmp_path / "page.pdf")[:5] == b"%PDF-"
