@@ -79,7 +79,7 @@ def test_a_row_goes_into_the_csv_and_the_readme_and_is_not_measured_again(bench,
     assert list(pd.read_csv(bench.TABLE)["row"]) == ["convert", "merge", "memory"]
     text = bench.README.read_text()
     assert text.startswith("before\n\n<!--") and text.endswith("-->\n\nafter\n") and "old" not in text and "`memory`" not in text
-    assert "| 2 MB/s | theirs | 0.5 MB/s | **0.25** | same |" in text and "Measured on 2 cores, 2026-01-02, in 2 minutes." in text
+    assert "| 2 MB/s | theirs | 0.5 MB/s | **0.25** | same |" in text and "Measured on 2 cores, 2026-01-02 (`convert`, `merge`), in 2 minutes." in text
     assert bench.main(["merge", "convert"]) == 0 and capsys.readouterr().out.count("measured already") == 2
     bench.keep(row(bench, "merge", ours=4.0, share=0.5))
     assert len(pd.read_csv(bench.TABLE)) == 3 and "**0.50**" in bench.README.read_text()

@@ -119,8 +119,10 @@ def markdown(table: pd.DataFrame) -> str:
     for r in rows:
         cells = f"`{r['row']}`", r["what"], figure(r, "ours"), r["against"], figure(r, "theirs"), f"**{r['share']:.2f}**", r["note"]
         lines.append(f"| {' | '.join(cells)} |")
-    where = sorted({f"{r['machine']}, {r['measured']}" for r in rows})
-    return "\n".join([*lines, "", f"Measured on {'; '.join(where)}, in {sum(r['minutes'] for r in rows):.0f} minutes.", ""])
+    on = {}
+    for r in rows: on.setdefault(f"{r['machine']}, {r['measured']}", []).append(f"`{r['row']}`")
+    where = "; ".join(f"{place} ({', '.join(names)})" for place, names in on.items())
+    return "\n".join([*lines, "", f"Measured on {where}, in {sum(r['minutes'] for r in rows):.0f} minutes.", ""])
 
 
 def with_table(text: str, table: str) -> str:
