@@ -30,7 +30,7 @@ SAVING = "train.save={every: 2, keep: 1}"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "An outputs folder, removed at the end: with those made from it it holds 20 GB."
+    "An outputs folder, removed at the end with those made from it: they hold checkpoints of 1.6 GB."
     folder = tmp_path_factory.mktemp("smollm2") / "outputs"
     folder.mkdir()
     yield folder
