@@ -141,8 +141,8 @@ def window_nll(model, windows: Sequence[tuple[Sequence[int], Sequence[int]]], li
     row, place, target = torch.tensor(at, device=model.device).T
     read = model.base_model(inputs, use_cache=False).last_hidden_state if linear else model(inputs, use_cache=False).logits
     head, paid = model.get_output_embeddings() if linear else torch.nn.Identity(), []
-    for h, token in zip(read[row, place].split(SLICE), target.split(SLICE)):
-        paid.append(cross_entropy(head(h).float(), token, reduction="none"))
+    for r, p, token in zip(row.split(SLICE), place.split(SLICE), target.split(SLICE)):
+        paid.append(cross_entropy(head(read[r, p]).float(), token, reduction="none"))
     return [float(p.double().sum()) for p in torch.cat(paid).split([len(ids) for _, ids in windows])]
 
 # %% ../nbs/41_perplexity.ipynb #865bb988
