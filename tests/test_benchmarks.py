@@ -111,7 +111,7 @@ def test_long_prompts_are_cut_as_lm_eval_cuts_them(suite, tokenizer):
 def test_a_score_does_not_depend_on_the_batch(suite, tokenizer, tiny_llama, monkeypatch):
     model, found = load_model(tiny_llama, "fp32"), []
     for size in (1, 200, 4096):
-        monkeypatch.setattr(asking, "PLACES", size)
+        monkeypatch.setattr(asking, "PLACES", size)    # a constant, varied here so that trees meet other company
         found.append([s["loglikelihoods"] for a in benchmarks.ask(SharedContext(model, tokenizer), suite).values() for s in a])
     for a, b, c in zip(*found): assert a == pytest.approx(b, abs=1e-4) and a == pytest.approx(c, abs=1e-4)
 

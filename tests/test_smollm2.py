@@ -81,13 +81,10 @@ def apart(home, one):
     shutil.rmtree(home.parent / "apart")
 
 
-TWO = ["train.processes=2", "train.distributed_optimizer=true"]
-
-
 @pytest.fixture(scope="module")
 def two(home, one) -> Path:
     "Two processes that share the optimizer."
-    return trained(copied(home, "two"), *TWO)
+    return trained(copied(home, "two"), "train.processes=2", "train.distributed_optimizer=true")
 
 
 def same_training(out: Path, one: Path) -> None:
