@@ -7,7 +7,7 @@ __all__ = ['TOKENIZER_FILES', 'PICKLED', 'PACKAGED', 'check_folder', 'get_model'
            'best_dtype', 'usable_cores', 'tune_cpu', 'exports', 'files_hash', 'weights_hash']
 
 # %% ../nbs/04_models.ipynb #3abd16ff
-import ctypes, functools, hashlib, json, os, platform, re, time
+import ctypes, functools, hashlib, json, os, platform, re, threading, time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from .assets import ASSETS, cached, resolve
@@ -173,9 +173,13 @@ def usable_cores() -> int:
 
 @functools.cache
 def tune_cpu() -> None:
-    "One thread per usable core and, with glibc, freed memory kept for the next tensor. Once a process."
+    """Loops of the calling thread over all usable cores, those of any other thread on one; with glibc, freed memory kept for the
+    next tensor. Once a process."""
     import torch
     torch.set_num_threads(usable_cores())
+    torch.get_num_threads()    # from here on this thread has its number, and what another sets is for new ones
+    (other := threading.Thread(target=torch.set_num_threads, args=(1,))).start()
+    other.join()
     if platform.libc_ver()[0] == "glibc":
         m_mmap_max, m_trim_threshold = -4, -1
         libc = ctypes.CDLL(None)

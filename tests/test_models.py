@@ -266,3 +266,20 @@ def test_tune_cpu(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run_tuned({"OMP_NUM_THREADS": "1"}) == ["1", "4000000.0"]
     assert run_tuned({"OMP_NUM_THREADS": ""}) == [str(usable_cores()), "4000000.0"]
+
+
+def test_no_other_thread_brings_a_team():
+    "Of libgomp's threads, when they are more than the cores, none spins."
+    code = """import torch
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from domain_adapt.models import tune_cpu
+tune_cpu()
+work = lambda: torch.ones(2000, 2000).sum().item()
+count = lambda: len(list(Path("/proc/self/task").iterdir()))
+before = count()
+work()
+team = count()
+with ThreadPoolExecutor(1) as pool: print(team - before, pool.submit(work).result(), count() - team, torch.get_num_threads())"""
+    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "3"}, capture_output=True, text=True)
+    assert p.stdout.split() == ["2", "4000000.0", "1", "3"], p.stderr
