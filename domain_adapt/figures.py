@@ -18,11 +18,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import ListedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # %% ../nbs/60_figures.ipynb #d65010f4
@@ -613,13 +612,15 @@ def _change(r) -> str:
     return minus(r.difference * (1000 if of_text else 100), "+.0f" if of_text else "+.1f")
 
 def _squares(ax, t: pd.DataFrame, measures: list[str], variants: list[str]) -> None:
-    for r in t.itertuples():
-        x, y = variants.index(r.variant), measures.index(r.measure)
-        ax.add_patch(Rectangle((x - .48, y - .46), .96, .92, color=VERDICTS[r.verdict], alpha=.35 if r.verdict != "cannot tell" else .5, lw=0))
-        ax.annotate(_change(r), (x, y), ha="center", va="center", fontsize=8.5, color=INK if r.verdict != "cannot tell" else MUTED)
-    ax.set_xlim(-.5, len(variants) - .5)
-    ax.set_ylim(len(measures) - .5, -.5)
-    ax.set_xticks(range(len(variants)), map(short, variants), rotation=30, ha="right", rotation_mode="anchor")
+    import seaborn as sns    # here, as it takes a second of every kernel that draws something else
+    words, at = list(VERDICTS), t.assign(change=[_change(r) for r in t.itertuples()]).set_index(["measure", "variant"])
+    told = at["verdict"].map(words.index).unstack().reindex(index=measures, columns=variants)
+    shades = ListedColormap([to_rgba(c, .5 if word == "cannot tell" else .35) for word, c in VERDICTS.items()])
+    sns.heatmap(told, ax=ax, cmap=shades, vmin=0, vmax=2, cbar=False, linewidths=2, linecolor=CARD, annot=at["change"].unstack().reindex_like(told),
+                fmt="", annot_kws=dict(fontsize=8.5))
+    for text, word in zip(ax.texts, told.stack().dropna()): text.set_color(MUTED if words[int(word)] == "cannot tell" else INK)
+    ax.set(xlabel="", ylabel="")
+    ax.set_xticks(np.arange(len(variants)) + .5, map(short, variants), rotation=30, ha="right", rotation_mode="anchor")
     for label, v in zip(ax.get_xticklabels(), variants): label.set_color(colour(v))
     ax.grid(False)
 
@@ -638,7 +639,7 @@ def verdicts(table: pd.DataFrame, width: float = 7.4) -> Figure:
     for ax, against in zip(axes, sides):
         _squares(ax, table[table["against"] == against], measures, columns[against])
         ax.set_title(f"against {against}")
-        ax.set_yticks(range(len(measures)), named)
+        ax.set_yticks(np.arange(len(measures)) + .5, named, rotation=0)
     return fig
 
 # %% ../nbs/60_figures.ipynb #b3e00bec
