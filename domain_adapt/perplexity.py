@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLICE', 'PLACES', 'QUERIES', 'DTYPES', 'COLUMNS', 'CONTRACT', 'Block', 'prefix_token', 'document_blocks', 'spread',
-           'heldout_blocks', 'selection_blocks', 'linear_head', 'by_length', 'window_nll', 'blockwise_attention',
-           'fast_attention', 'block_rows', 'score_blocks', 'summarise', 'comparisons']
+           'heldout_blocks', 'selection_blocks', 'linear_head', 'by_length', 'read_together', 'window_nll',
+           'blockwise_attention', 'fast_attention', 'block_rows', 'score_blocks', 'summarise', 'comparisons']
 
 # %% ../nbs/41_perplexity.ipynb #4c9bcee1
 import contextlib, re
@@ -132,6 +132,10 @@ def by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         yield left[:n]
         left = left[n:]
 
+def read_together(blocks: Sequence[Block]) -> Iterator[list[int]]:
+    "Positions of the blocks that are read side by side: together again they score the same to the last bit."
+    return by_length([len(b.context) + len(b.ids) - 1 for b in blocks], PLACES)
+
 @torch.inference_mode()
 def window_nll(model, windows: Sequence[tuple[Sequence[int], Sequence[int]]], linear: bool = True) -> list[float]:
     "Nats that `model` pays for the `ids` of each (context, ids), read side by side."
@@ -205,7 +209,7 @@ def score_blocks(model, blocks: Sequence[Block], variant: str) -> pd.DataFrame:
     linear, nats = linear_head(model), {}
     total = sum(len(b.ids) for b in blocks)
     with fast_attention(model), progress(total=total, description=f"perplexity of {variant}") as bar:
-        for batch in by_length([len(b.context) + len(b.ids) - 1 for b in blocks], PLACES):
+        for batch in read_together(blocks):
             nats |= zip(batch, window_nll(model, [(blocks[i].context, blocks[i].ids) for i in batch], linear))
             bar.update(sum(len(blocks[i].ids) for i in batch))
     return block_rows(blocks, [nats[i] for i in range(len(blocks))], variant, DTYPES[model.dtype])

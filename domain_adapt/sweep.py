@@ -20,6 +20,7 @@ from .geometry import geometry, same_weights
 from .merge import merge
 from .models import tune_cpu
 from .params import Candidate, Params, Select, UserError
+from .perplexity import read_together
 from .recipe import Recipe, effective_weights, lint, recipes
 from .runs import progress, write_csv, write_json
 from .search import Scorer, candidates, search, sources
@@ -211,8 +212,10 @@ class Sweep:
 # %% ../nbs/55_sweep.ipynb #6099c778
 def _check_written(sweep: Sweep, name: str, folder: Path) -> None:
     "Raise `UserError` unless a written merge scores as it did in memory and reads passages about as its parents do."
-    found, blocks = sweep.score.folder(folder, f"merge:{name}"), sweep.blocks
-    before = blocks[blocks["variant"] == f"merge:{name}"]
+    read, scored = sweep.score.blocks, sweep.blocks
+    together = next(read_together(read))
+    found = sweep.score.folder(folder, f"merge:{name}", [read[i] for i in together])
+    before = scored[scored["variant"] == f"merge:{name}"].iloc[together]
     if not np.array_equal(found["nll"].to_numpy(), before["nll"].to_numpy()):
         raise UserError(f"it scores {_bits(found):.6f} bits per byte as written, {_bits(before):.6f} as it was chosen")
     parents = {n: sweep.passages(n, sweep.models[n]) for n in sorted(sweep.tried[name].models)}
