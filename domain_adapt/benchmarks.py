@@ -8,12 +8,13 @@ __all__ = ['SCORERS', 'SHOTS', 'KEY', 'COLUMNS', 'Task', 'load_task', 'load_suit
            'answer_comparisons', 'compare']
 
 # %% ../nbs/42_benchmarks.ipynb #cd442082
-import contextlib, json
+import contextlib, functools, json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import datasets
+import lm_eval.utils
 import numpy as np
 import pandas as pd
 from lm_eval.api.model import LM
@@ -29,6 +30,7 @@ from .stats import (Paired, benjamini_hochberg, evenly, interval, mcnemar, paire
                                 verdict, wilson)
 
 SCORERS = academic.SCORERS | finance.SCORERS
+lm_eval.utils.env.from_string = functools.lru_cache(256)(lm_eval.utils.env.from_string)    # it compiles a task's templates for every item
 
 # %% ../nbs/42_benchmarks.ipynb #31b5cab8
 @dataclass(frozen=True)
