@@ -174,17 +174,18 @@ def usable_cores() -> int:
 @functools.cache
 def tune_cpu() -> None:
     """Loops of the calling thread over all usable cores, those of any other thread on one; with glibc, freed memory kept for the
-    next tensor. Once a process."""
+    next tensor, whichever thread makes it. Once a process."""
+    if platform.libc_ver()[0] == "glibc":
+        m_mmap_max, m_trim_threshold, m_arena_max = -4, -1, -8
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+        libc.mallopt(m_arena_max, 1)
     import torch
     torch.set_num_threads(usable_cores())
     torch.get_num_threads()    # from here on this thread has its number, and what another sets is for new ones
     (other := threading.Thread(target=torch.set_num_threads, args=(1,))).start()
     other.join()
-    if platform.libc_ver()[0] == "glibc":
-        m_mmap_max, m_trim_threshold = -4, -1
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, -1)
 
 # %% ../nbs/04_models.ipynb #af10cad2
 def exports(train: Path) -> dict[int, Path]:

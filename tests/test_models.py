@@ -283,3 +283,18 @@ team = count()
 with ThreadPoolExecutor(1) as pool: print(team - before, pool.submit(work).result(), count() - team, torch.get_num_threads())"""
     p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "3"}, capture_output=True, text=True)
     assert p.stdout.split() == ["2", "4000000.0", "1", "3"], p.stderr
+
+
+def test_what_one_thread_frees_another_has():
+    code = """import resource, torch
+from concurrent.futures import ThreadPoolExecutor
+from domain_adapt.models import tune_cpu
+tune_cpu()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+with ThreadPoolExecutor(1) as pool: print(faults(), pool.submit(faults).result())"""
+    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    fresh, again = map(int, p.stdout.split())
+    assert again < 1000 < 2**26 * 4 / 4096 / 2 < fresh, p.stderr
