@@ -6,7 +6,7 @@
 __all__ = ['LONGEST', 'private_folder', 'Provisioner', 'pack', 'launch', 'describe']
 
 # %% ../nbs/03_kernel.ipynb #f43783c1
-import json, os, shutil, sys, tempfile
+import gc, json, os, shutil, sys, tempfile
 from pathlib import Path
 import zmq
 from jupyter_client.provisioning import LocalProvisioner
@@ -70,6 +70,7 @@ def launch() -> None:
     debugger._is_debugpy_available = False
     kernelapp.IOPubThread = _over_files(kernelapp.IOPubThread)
     kernelapp.launch_new_instance([*sys.argv[1:], "--Session.packer=domain_adapt.kernel.pack"])
+    gc.freeze()    # else the interpreter looks through a million objects of torch's before it ends, for a second
 
 # %% ../nbs/03_kernel.ipynb #83758f72
 def describe(prefix: str | Path = sys.prefix) -> Path:

@@ -48,8 +48,10 @@ class Bars:
     def __exit__(self, *_): self.over.set(); self.thread.join(); self.bars.stop()
 
 # %% ../nbs/70_pipeline.ipynb #39edd6f9
+_START = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.__main__ import papermill; papermill()"    # jsonschema's grammar of URIs: 0.7 s
+
 def _papermill(notebook: Path, executed: Path, params: Path, bars: Path, log) -> subprocess.Popen:
-    command = [sys.executable, "-m", "papermill", str(notebook), str(executed), "-f", str(params), "--cwd", str(ROOT), "-k", "python3", "--no-progress-bar"]
+    command = [sys.executable, "-c", _START, str(notebook), str(executed), "-f", str(params), "--cwd", str(ROOT), "-k", "python3", "--no-progress-bar"]
     environment = os.environ | {"DOMAIN_ADAPT_PROGRESS": str(bars), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
                             preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGTERM, parent))

@@ -8,7 +8,7 @@ __all__ = ['REQUEUE', 'TOLERANCE', 'export_steps', 'Asked', 'check_logits', 'loa
            'export', 'work']
 
 # %% ../nbs/33_train.ipynb #4ba4b5e8
-import contextlib, json, os, shutil, signal, sys, time, traceback
+import contextlib, gc, json, os, shutil, signal, sys, time, traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -344,4 +344,5 @@ def work(job: str) -> None:
         with contextlib.suppress(FileExistsError), open(Path(told["out"]) / "error.json", "x") as f:
             json.dump(dict(kind=type(e).__name__, message=hidden(str(e)), traceback=hidden(traceback.format_exc())), f)
         raise
+    gc.freeze()    # else the interpreter looks through a million objects of torch's before it ends, for a second
     if not ended: sys.exit(REQUEUE)
