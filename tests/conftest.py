@@ -85,6 +85,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    long = {item.path for item in items if "slow" in item.keywords} if config.getoption("--run-slow") else set()
+    items.sort(key=lambda item: item.path not in long)    # the longest files first: else one process ends with them and the other waits
     for item in items:
         if {"server", "browser"} & {*item.keywords}: item.add_marker(pytest.mark.flaky(reruns=1))    # Chromium, Slurm and Ceph may be slow to come up
         if "slow" in item.keywords and not config.getoption("--run-slow"):
