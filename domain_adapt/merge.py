@@ -28,6 +28,7 @@ from mergekit.plan import MergePlanner
 from safetensors import SafetensorError, safe_open
 from .checks import carry_over, check_merged, common_dtype, parents_of
 from .geometry import Weights
+from .models import others_alone
 from .params import UserError
 from .recipe import Recipe, located
 from .runs import whole_folder, write_text
@@ -161,7 +162,7 @@ def _made(tasks: list[SaveTensor], size: Callable[[SaveTensor], int], kept: Kept
         while waiting: yield from waiting.popleft()[1].result().items()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        others_alone()
 
 # %% ../nbs/52_merge.ipynb #ef264ba3
 @contextmanager

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'PICKLED', 'PACKAGED', 'check_folder', 'get_model', 'load_tokenizer', 'load_model', 'bf16_speedup',
-           'best_dtype', 'usable_cores', 'tune_cpu', 'exports', 'files_hash', 'weights_hash']
+           'best_dtype', 'usable_cores', 'others_alone', 'tune_cpu', 'exports', 'files_hash', 'weights_hash']
 
 # %% ../nbs/04_models.ipynb #3abd16ff
 import ctypes, functools, hashlib, json, os, platform, re, threading, time
@@ -171,6 +171,13 @@ def usable_cores() -> int:
     quota, period = share.read_text().split() if share.is_file() else ("max", "")
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
+def others_alone() -> None:
+    "From here on a thread that is new to torch loops on one core; this one keeps its number."
+    import torch
+    torch.get_num_threads()    # settles this thread's
+    (other := threading.Thread(target=torch.set_num_threads, args=(1,))).start()
+    other.join()
+
 @functools.cache
 def tune_cpu() -> None:
     """Loops of the calling thread over all usable cores, those of any other thread on one; with glibc, freed memory kept for the
@@ -183,9 +190,7 @@ def tune_cpu() -> None:
         libc.mallopt(m_arena_max, 1)
     import torch
     torch.set_num_threads(usable_cores())
-    torch.get_num_threads()    # from here on this thread has its number, and what another sets is for new ones
-    (other := threading.Thread(target=torch.set_num_threads, args=(1,))).start()
-    other.join()
+    others_alone()
 
 # %% ../nbs/04_models.ipynb #af10cad2
 def exports(train: Path) -> dict[int, Path]:

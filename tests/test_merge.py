@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -250,6 +251,7 @@ class TestMergekitsOwn:
         try:
             for job in ("untied-ties", "untied-ties-thin", "untied-dare_ties"):
                 identical(dict(merger.tensors(asked(job)[1])), everything(theirs["untied"]["original"].parent / job))
+            with ThreadPoolExecutor(1) as other: assert other.submit(torch.get_num_threads).result() == 1
             assert torch.get_num_threads() == threads and sum(t.nbytes for t in merger.kept.held.values()) <= memory
         finally: torch.set_num_threads(before)
 
