@@ -616,7 +616,7 @@ def _squares(ax, t: pd.DataFrame, measures: list[str], variants: list[str]) -> N
     words, at = list(VERDICTS), t.assign(change=[_change(r) for r in t.itertuples()]).set_index(["measure", "variant"])
     told = at["verdict"].map(words.index).unstack().reindex(index=measures, columns=variants)
     shades = ListedColormap([to_rgba(c, .5 if word == "cannot tell" else .35) for word, c in VERDICTS.items()])
-    sns.heatmap(told, ax=ax, cmap=shades, vmin=0, vmax=2, cbar=False, linewidths=2, linecolor=CARD, annot=at["change"].unstack().reindex_like(told),
+    sns.heatmap(told, ax=ax, cmap=shades, vmin=0, vmax=len(words) - 1, cbar=False, linewidths=2, linecolor=CARD, annot=at["change"].unstack().reindex_like(told),
                 fmt="", annot_kws=dict(fontsize=8.5))
     for text, word in zip(ax.texts, told.stack().dropna()): text.set_color(MUTED if words[int(word)] == "cannot tell" else INK)
     ax.set(xlabel="", ylabel="")

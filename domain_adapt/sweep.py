@@ -211,7 +211,7 @@ class Sweep:
 
 # %% ../nbs/55_sweep.ipynb #6099c778
 def _check_written(sweep: Sweep, name: str, folder: Path) -> None:
-    "Raise `UserError` unless a written merge scores as it did in memory and reads passages about as its parents do."
+    "Raise `UserError` unless a written merge scores as in memory on what was read first, and reads passages about as its parents do."
     read, scored = sweep.score.blocks, sweep.blocks
     together = next(read_together(read))
     found = sweep.score.folder(folder, f"merge:{name}", [read[i] for i in together])
