@@ -86,7 +86,8 @@ def tree_logprobs(model, trees: Sequence[Tree]) -> list[list[tuple[float, bool]]
     for h, target in zip(_tree_states(model, trees)[row, place].split(SLICE), token.split(SLICE)):
         logits = model.get_output_embeddings()(h).float()
         logprobs.append(-cross_entropy(logits, target, reduction="none"))
-        greedy.append(logits.argmax(-1) == target)
+        highest = logits.gather(1, target[:, None])[:, 0] == logits.amax(1)    # far sooner than argmax of all
+        greedy.append(highest.masked_scatter(highest, logits[highest].argmax(1) == target[highest]))    # of equals, the first
     lengths = [len(b) for _, b, _ in branches]
     parts = zip(torch.cat(logprobs).split(lengths), torch.cat(greedy).split(lengths))
     scores = iter([(float(p.double().sum()), bool(g.all())) for p, g in parts])

@@ -108,6 +108,17 @@ def test_long_prompts_are_cut_as_lm_eval_cuts_them(suite, tokenizer):
         for a, b in zip(ours[name], theirs[name], strict=True): assert a["loglikelihoods"] == pytest.approx(b["loglikelihoods"], abs=1e-3)
 
 
+@pytest.mark.oracle
+@torch.inference_mode()
+def test_of_equal_tokens_greedy_decoding_writes_the_first(tokenizer):
+    from lm_eval.models.huggingface import HFLM
+    model = tiny("Llama")
+    model.get_output_embeddings().weight.zero_()
+    asked = [(None, [1, 2], more) for more in ([0], [3], [0, 0], [0, 3])]
+    ours, theirs = (lm._loglikelihood_tokens(asked) for lm in (SharedContext(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer)))
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs] == [True, False, True, False]
+
+
 def test_a_score_does_not_depend_on_the_batch(suite, tokenizer, tiny_llama, monkeypatch):
     model, found = load_model(tiny_llama, "fp32"), []
     for size in (1, 200, 4096):
