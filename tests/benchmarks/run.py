@@ -65,9 +65,10 @@ ROWS = {
 
 
 def machine() -> str:
-    "The processor and how many cores of it are ours."
-    names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return f"{usable_cores()} cores of {names[0].strip() if names else 'an unnamed processor'}"
+    "The processor, whether it multiplies matrices in bf16 (AMX), and how many cores of it are ours."
+    told = dict(re.findall(r"^(model name|flags)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M))
+    amx = " with AMX" if "amx_bf16" in told.get("flags", "").split() else ""
+    return f"{usable_cores()} cores of {told.get('model name', 'an unnamed processor').strip()}{amx}"
 
 
 def key(name: str) -> str:
