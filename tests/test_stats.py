@@ -156,6 +156,7 @@ def test_benjamini_and_hochbergs_own_example():
 def test_verdicts():
     assert stats.verdict(0.1, 0.05) == "better" and stats.verdict(0.1, 0.05, True) == "worse"
     assert stats.verdict(0.1, 0.051) == stats.verdict(0.1, float("nan")) == stats.verdict(0.0, 0.001) == "cannot tell"
+    assert stats.verdict(-3e-8, 0.0004, True) == "cannot tell" and stats.verdict(-3e-6, 0.0004, True) == "better"
 
 
 def test_forgetting_never_counts_a_gain():
