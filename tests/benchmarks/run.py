@@ -9,7 +9,6 @@ A machine that does nothing else is taken for granted. Each row is measured in a
 import argparse
 import importlib
 import multiprocessing
-import re
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from domain_adapt import runs
 from domain_adapt.models import usable_cores
 from domain_adapt.params import load_params
 from domain_adapt.runs import ROOT, Run, digest, modules_used, outputs, write_csv, write_text
@@ -66,9 +66,9 @@ ROWS = {
 
 def machine() -> str:
     "The processor, whether it multiplies matrices in bf16 (AMX), and how many cores of it are ours."
-    told = dict(re.findall(r"^(model name|flags)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M))
-    amx = " with AMX" if "amx_bf16" in told.get("flags", "").split() else ""
-    return f"{usable_cores()} cores of {told.get('model name', 'an unnamed processor').strip()}{amx}"
+    import torch    # here, for the processes that measure import this module too
+    amx = " with AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
+    return f"{usable_cores()} cores of {runs.machine()['cpu']}{amx}"
 
 
 def key(name: str) -> str:
