@@ -93,25 +93,6 @@ def test_runs_by_length_hold_everything_once_and_no_more_than_asked(lengths, mos
     assert longest == sorted(lengths, reverse=True)
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
-def test_blockwise_attention_is_causal_attention(length):
-    g = torch.Generator().manual_seed(length)
-    q, k, v = (torch.randn(2, heads, length, 16, generator=g) for heads in (6, 2, 2))
-    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert torch.allclose(perplexity.blockwise_attention(None, q, k, v, scaling=0.25)[0].transpose(1, 2), exact, atol=1e-5)
-
-
-def test_fast_attention_is_only_for_what_it_was_measured_on_and_goes_again(tiny_llama, monkeypatch):
-    inside = []
-    for dtype, amx in (("bf16", False), ("bf16", True), ("fp32", False)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
-        model = load_model(tiny_llama, dtype)
-        with perplexity.fast_attention(model): inside.append(model.config._attn_implementation)
-        assert model.config._attn_implementation == "sdpa"
-    assert inside == ["blockwise", "sdpa", "sdpa"]
-
-
 def test_logits_of_a_window_are_never_whole(model, tokenizer):
     seen, head = [], model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
