@@ -9,7 +9,7 @@ __all__ = ['LIBC', 'STAGES', 'RESUMED', 'HOW', 'ROOT', 'PACKAGE', 'DRAWING', 'DA
            'outside_jobs', 'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'Finished', 'finished', 'open_stage']
 
 # %% ../nbs/02_runs.ipynb #0b049725
-import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, resource, shutil, sys, tempfile, threading, time, uuid
+import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, re, resource, shutil, sys, tempfile, threading, time, uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -262,13 +262,15 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", **versions}
 
 def machine() -> dict[str, Any]:
-    "What a stage ran on: cpu, cores and bytes of memory it may use, names of the GPUs where torch sees any."
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in (info.read_text() if info.is_file() else "").splitlines() if line.startswith("model name")]
+    """What a stage ran on: cpu (and whether it multiplies matrices in bf16, with AMX), cores and bytes of memory it may use,
+    names of the GPUs where torch sees any."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    name = re.search(r"^model name\s*: (.+)$", info, re.MULTILINE)
+    amx = " with AMX" if re.search(r"^flags\s*:.* amx_bf16\b", info, re.MULTILINE) else ""
     torch = sys.modules.get("torch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return dict(cpu=names[0] if names else platform.processor() or "unknown", cores=len(cores),
+    return dict(cpu=(name[1].strip() if name else platform.processor() or "unknown") + amx, cores=len(cores),
                 memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), gpus=gpus)
 
 def peak_memory() -> int:

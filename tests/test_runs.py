@@ -188,6 +188,14 @@ def test_progress_reports_to_another_process(tmp_path, monkeypatch):
     assert lines[0]["n"] == 0 and lines[-1]["n"] == 3 and lines[-1]["done"] and {x["total"] for x in lines} == {3}
 
 
+@pytest.mark.parametrize("flags, cpu", [("fpu avx512f", "Xeon(R) 8"), ("fpu amx_bf16 amx_tile", "Xeon(R) 8 with AMX"),
+                                        ("fpu amx_bf16_new", "Xeon(R) 8")])
+def test_a_machine_tells_its_processor(monkeypatch, flags, cpu):
+    told = f"processor\t: 0\nmodel name\t: Xeon(R) 8\nflags\t\t: {flags}\n\n" * 2
+    monkeypatch.setattr(runs, "Path", lambda name: {"/proc/cpuinfo": type("", (), dict(is_file=lambda _: True, read_text=lambda _: told))()}[name])
+    assert runs.machine()["cpu"] == cpu
+
+
 def test_a_lock_is_free_again(tmp_path):
     for _ in range(2):
         with locked(tmp_path / "l", "it"): pass

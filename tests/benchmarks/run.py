@@ -65,10 +65,8 @@ ROWS = {
 
 
 def machine() -> str:
-    "The processor, whether it multiplies matrices in bf16 (AMX), and how many cores of it are ours."
-    import torch    # here, for the processes that measure import this module too
-    amx = " with AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
-    return f"{usable_cores()} cores of {runs.machine()['cpu']}{amx}"
+    "The processor and how many cores of it are ours."
+    return f"{usable_cores()} cores of {runs.machine()['cpu']}"
 
 
 def key(name: str) -> str:
