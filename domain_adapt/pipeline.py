@@ -13,7 +13,7 @@ from doit.doit_cmd import DoitMain
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from .params import Params, UserError
-from .runs import ROOT, STAGES, Run, Stage, die_with_parent, enter, local_path, locked, note_done, notebook_path, up_to_date
+from .runs import ROOT, STAGES, Run, Stage, calling, die_with_parent, enter, local_path, locked, note_done, notebook_path, up_to_date
 
 # %% ../nbs/70_pipeline.ipynb #39c23adb
 class Bars:
@@ -48,10 +48,8 @@ class Bars:
     def __exit__(self, *_): self.over.set(); self.thread.join(); self.bars.stop()
 
 # %% ../nbs/70_pipeline.ipynb #39edd6f9
-_START = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.__main__ import papermill; papermill()"    # jsonschema's grammar of URIs: 0.7 s
-
 def _papermill(notebook: Path, executed: Path, params: Path, bars: Path, log) -> subprocess.Popen:
-    command = [sys.executable, "-c", _START, str(notebook), str(executed), "-f", str(params), "--cwd", str(ROOT), "-k", "python3", "--no-progress-bar"]
+    command = [*calling("papermill.__main__", "papermill"), str(notebook), str(executed), "-f", str(params), "--cwd", str(ROOT), "-k", "python3", "--no-progress-bar"]
     environment = os.environ | {"DOMAIN_ADAPT_PROGRESS": str(bars), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
                             preexec_fn=lambda parent=os.getpid(): die_with_parent(signal.SIGTERM, parent))

@@ -11,7 +11,6 @@ __all__ = ['CAPTIONS', 'SCORES', 'ITEMS', 'MACHINE', 'AGAIN', 'SUMMARY', 'LEGEND
 import html, json, re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-import nbformat
 import pandas as pd
 from . import figures, provenance
 from .claims import Evidence, claims, claims_sentence
@@ -247,7 +246,7 @@ def _room(path: Path) -> tuple[str, dict]:
     book["cells"] = [c for c in book["cells"] if c["source"].strip()]
     return f"{title.removeprefix('# ')}|{about}", {**book, "metadata": PAGE}
 
-PAGE = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+PAGE = {"language_info": {"name": "python", "pygments_lexer": "python"}}
 
 def library_pages() -> dict[str, str]:
     "Sources of the library's notebooks as pages below library/, with an index."
@@ -270,10 +269,10 @@ def _output(o: dict) -> dict | None:
     if o["output_type"] == "stream": return o if o["name"] == "stdout" else None
     if "data" not in o: return o
     data = {k: v for k, v in o["data"].items() if k in SAFE}
-    if svg := data.get("image/svg+xml"): data = {"text/html": f'<figure class="plate">{svg}</figure>'}
+    if svg := data.get("image/svg+xml"): data = {"text/html": f'<figure class="plate">{"".join(svg)}</figure>'}
     return {**o, "data": data, "metadata": {}}
 
-def stage_page(notebook: dict, public: Callable[[str], str]) -> nbformat.NotebookNode:
+def stage_page(notebook: dict, public: Callable[[str], str]) -> dict:
     "A notebook as a page: no parameters, code and the work's output folded, this machine's paths taken out."
     cells = []
     for c in json.loads(public(json.dumps(notebook, ensure_ascii=False)))["cells"]:
@@ -283,7 +282,7 @@ def stage_page(notebook: dict, public: Callable[[str], str]) -> nbformat.Noteboo
             c["outputs"] = [o for o in map(_output, c["outputs"]) if o]
             tags |= {"hide-cell" if "work" in tags and c["outputs"] else "hide-input"}
         cells.append({**c, "metadata": {"tags": sorted(tags)}})
-    return nbformat.from_dict({**notebook, "cells": cells, "metadata": PAGE})
+    return {**notebook, "cells": cells, "metadata": PAGE}
 
 # %% ../nbs/65_report.ipynb #b0bbb03d
 def record_tables(params: Params, folders: dict[str, Path], winner: str | None) -> dict[str, pd.DataFrame]:
@@ -301,10 +300,10 @@ def build_report(params: Params, folders: dict[str, Path], out: Path) -> None:
         tables["tradeoff"] = tradeoff_table(summary["gain_percent"], summary["general_change_percent"])
         tables |= record_tables(params, folders, summary["winner"])
         bar.update()
-        books = {p.stem: nbformat.read(p, 4) for n, s in enumerate(STAGES[:-1], 1)
+        books = {p.stem: json.loads(p.read_text(encoding="utf-8")) for n, s in enumerate(STAGES[:-1], 1)
                  if (p := folders["notebooks"] / f"{n}_{s}.ipynb").is_file()}
         drawn = plates(tables, summary, params)
-        pages = {f"{n}.ipynb": nbformat.writes(stage_page(b, public)) for n, b in books.items()} | library_pages()
+        pages = {f"{n}.ipynb": json.dumps(stage_page(b, public)) for n, b in books.items()} | library_pages()
         pages |= {"index.md": front_page(summary, tables, drawn, list(books)), "results.md": results_page(summary, tables, drawn),
                   "claims.md": claims_page(tables["claims"]), "lineage.md": public(lineage_page(tables)), "cost.md": public(cost_page(tables))}
         bar.update()

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIBC', 'STAGES', 'RESUMED', 'HOW', 'ROOT', 'PACKAGE', 'DRAWING', 'DATA', 'write_bytes', 'write_text', 'write_json',
-           'write_csv', 'read_lines', 'whole_folder', 'progress', 'die_with_parent', 'outputs', 'notebook_path',
-           'digest', 'modules_used', 'local_path', 'fingerprint', 'environment', 'machine', 'peak_memory', 'locked',
-           'outside_jobs', 'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'Finished', 'finished', 'open_stage']
+           'write_csv', 'read_lines', 'whole_folder', 'progress', 'die_with_parent', 'calling', 'outputs',
+           'notebook_path', 'digest', 'modules_used', 'local_path', 'fingerprint', 'environment', 'machine',
+           'peak_memory', 'locked', 'outside_jobs', 'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'Finished',
+           'finished', 'open_stage']
 
 # %% ../nbs/02_runs.ipynb #0b049725
 import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, re, resource, shutil, sys, tempfile, threading, time, uuid
@@ -144,6 +145,11 @@ def die_with_parent(number: int, parent: int) -> None:
     (PR_SET_PDEATHSIG), or at once where it has ended already."""
     if platform.system() == "Linux": LIBC.prctl(1, number)
     if os.getppid() != parent: os.kill(os.getpid(), number)
+
+# %% ../nbs/02_runs.ipynb #c1d97e40
+def calling(module: str, function: str) -> list[str]:
+    "A command that calls a function of a module in a Python of its own, with the arguments that follow."
+    return [sys.executable, "-c", f"import sys; sys.modules['rfc3987_syntax'] = None; from {module} import {function}; sys.exit({function}())"]
 
 # %% ../nbs/02_runs.ipynb #6c29b99f
 STAGES = ("ingest", "tokens", "train", "merge", "evaluate", "report")

@@ -15,7 +15,7 @@ import pandas as pd
 from . import figures
 from .figures import table_html
 from .params import Params
-from .runs import ROOT, outputs, write_text
+from .runs import ROOT, calling, outputs, write_text
 
 # %% ../nbs/64_site.ipynb #e6f4c359
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def build_site(title: str, pages: dict[str, str], extra: dict[str, str], out: Pa
         made = {"conf.py": CONF.format(title=repr(plain(title))), "_static/report.css": LAYOUT + PARTS, "_static/report.js": SCRIPT}
         files = {**made, **pages, **{f"extra/{n}": t for n, t in extra.items()}}
         for name, text in files.items(): write_text(source / name, text)
-        command = [sys.executable, "-m", "sphinx", "-E", "-q", "-b", "html", "-d", trees, source, site]
+        command = [*calling("sphinx.cmd.build", "main"), "-E", "-q", "-b", "html", "-d", trees, source, site]
         done = subprocess.run(command, capture_output=True, text=True)
         said = done.stderr.replace(f"{source}/", "").strip()
         if done.returncode: raise RuntimeError(f"sphinx could not build the report: {said}")
