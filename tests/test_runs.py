@@ -190,9 +190,9 @@ def test_progress_reports_to_another_process(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, cpu", [("fpu avx512f", "Xeon(R) 8"), ("fpu amx_bf16 amx_tile", "Xeon(R) 8 with AMX"),
                                         ("fpu amx_bf16_new", "Xeon(R) 8")])
-def test_a_machine_tells_its_processor(monkeypatch, flags, cpu):
-    told = f"processor\t: 0\nmodel name\t: Xeon(R) 8\nflags\t\t: {flags}\n\n" * 2
-    monkeypatch.setattr(runs, "Path", lambda name: {"/proc/cpuinfo": type("", (), dict(is_file=lambda _: True, read_text=lambda _: told))()}[name])
+def test_a_machine_tells_its_processor(tmp_path, monkeypatch, flags, cpu):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Xeon(R) 8\nflags\t\t: {flags}\n\n" * 2)
+    monkeypatch.setattr(runs, "Path", {"/proc/cpuinfo": tmp_path / "cpuinfo"}.__getitem__)
     assert runs.machine()["cpu"] == cpu
 
 
