@@ -6,7 +6,7 @@
 __all__ = ['Bars', 'execute', 'run_stages', 'check']
 
 # %% ../nbs/70_pipeline.ipynb #60bb04cb
-import json, os, shutil, signal, subprocess, sys, tempfile, threading, time
+import json, os, shutil, signal, subprocess, tempfile, threading, time
 from pathlib import Path
 from doit.cmd_base import ModuleTaskLoader
 from doit.doit_cmd import DoitMain

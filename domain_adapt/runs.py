@@ -148,7 +148,7 @@ def die_with_parent(number: int, parent: int) -> None:
 
 # %% ../nbs/02_runs.ipynb #c1d97e40
 def calling(module: str, function: str) -> list[str]:
-    "A command that calls a function of a module in a Python of its own, with the arguments that follow."
+    "A command that calls a function of a module in a Python of its own, with the arguments that follow; jsonschema builds no grammar there."
     return [sys.executable, "-c", f"import sys; sys.modules['rfc3987_syntax'] = None; from {module} import {function}; sys.exit({function}())"]
 
 # %% ../nbs/02_runs.ipynb #6c29b99f
