@@ -32,7 +32,7 @@ def client() -> Any:
 def _client(process: int) -> Any:
     import boto3, botocore.config
     style = "path" if os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL_S3") else "auto"
-    config = botocore.config.Config(retries=dict(mode="standard", max_attempts=6), connect_timeout=10,
+    config = botocore.config.Config(retries=dict(mode="standard", max_attempts=int(os.environ.get("AWS_MAX_ATTEMPTS", 6))), connect_timeout=10,
                                     s3=dict(addressing_style=style))
     try: return boto3.Session().client("s3", config=config)
     except ValueError as e: raise UserError(f"AWS_ENDPOINT_URL: {e}; write http://host:port") from None

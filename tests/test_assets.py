@@ -297,8 +297,11 @@ def test_s3(cache, bucket, monkeypatch):
 @pytest.mark.fault
 def test_s3_without_a_server(cache, bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     s3._client.cache_clear()
+    start = time.time()
     with pytest.raises(UserError, match="AWS_ENDPOINT_URL"): resolve("s3://data/filings")
+    assert time.time() - start < 10, "six attempts wait for longer"
 
 
 def test_importing_is_light():
