@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from .params import UserError, hidden, load_params
-from .runs import STAGES, outputs
+from .runs import STAGES, collect_less, outputs
 
 # %% ../nbs/71_cli.ipynb #4a826691
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -154,6 +154,7 @@ def publish_command(run: Annotated[str, typer.Argument(help="the name of a run",
 # %% ../nbs/71_cli.ipynb #c1387e51
 def main() -> None:
     "Entry point of `domain-adapt`."
+    collect_less()
     try: app()
     except UserError as e: message, code = str(e), getattr(e, "code", 2)
     except Exception as e:

@@ -66,6 +66,8 @@ def pack(message: dict) -> bytes:
 
 def launch() -> None:
     "Be a kernel."
+    from domain_adapt.runs import collect_less
+    collect_less()
     from ipykernel import debugger, kernelapp
     debugger._is_debugpy_available = False
     kernelapp.IOPubThread = _over_files(kernelapp.IOPubThread)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LIBC', 'STAGES', 'RESUMED', 'HOW', 'ROOT', 'PACKAGE', 'DRAWING', 'DATA', 'write_bytes', 'write_text', 'write_json',
-           'write_csv', 'read_lines', 'whole_folder', 'progress', 'die_with_parent', 'calling', 'outputs',
-           'notebook_path', 'digest', 'modules_used', 'local_path', 'fingerprint', 'environment', 'machine',
+           'write_csv', 'read_lines', 'whole_folder', 'progress', 'die_with_parent', 'collect_less', 'calling',
+           'outputs', 'notebook_path', 'digest', 'modules_used', 'local_path', 'fingerprint', 'environment', 'machine',
            'peak_memory', 'locked', 'outside_jobs', 'Stage', 'Run', 'enter', 'note_done', 'up_to_date', 'Finished',
            'finished', 'open_stage']
 
 # %% ../nbs/02_runs.ipynb #0b049725
-import ast, contextlib, ctypes, errno, fcntl, gzip, hashlib, importlib.metadata, json, os, platform, re, resource, shutil, sys, tempfile, threading, time, uuid
+import ast, contextlib, ctypes, errno, fcntl, gc, gzip, hashlib, importlib.metadata, json, os, platform, re, resource, shutil, sys, tempfile, threading, time, uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -147,6 +147,10 @@ def die_with_parent(number: int, parent: int) -> None:
     if os.getppid() != parent: os.kill(os.getpid(), number)
 
 # %% ../nbs/02_runs.ipynb #c1d97e40
+def collect_less() -> None:
+    "Look for cyclic garbage at every 100,000 new objects, not 700: importing torch makes a million that all stay."
+    gc.set_threshold(100_000)
+
 def calling(module: str, function: str) -> list[str]:
     "A command that calls a function of a module in a Python of its own, with the arguments that follow; jsonschema builds no grammar there."
     return [sys.executable, "-c", f"import sys; sys.modules['rfc3987_syntax'] = None; from {module} import {function}; sys.exit({function}())"]

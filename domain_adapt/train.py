@@ -19,7 +19,7 @@ from .flops import parameters, shape_of
 from .mixture import counted_mixture
 from .models import best_dtype, bf16_speedup, load_model, load_tokenizer, tune_cpu
 from .params import Params, Train, UserError, validate, hidden
-from .runs import die_with_parent, environment, write_csv, write_json
+from .runs import collect_less, die_with_parent, environment, write_csv, write_json
 from .schedule import learning_rate
 
 # %% ../nbs/33_train.ipynb #76eab006
@@ -337,6 +337,7 @@ def work(job: str) -> None:
     "What each process runs: the job in the JSON file `job`. Ends with `REQUEUE` where a signal stopped it."
     die_with_parent(signal.SIGKILL, os.getppid())
     if os.getppid() == 1: return    # torchrun ended before this process could ask to be told
+    collect_less()
     asked, told = Asked(), json.loads(Path(job).read_text())
     sys.excepthook = lambda *error: print(hidden("".join(traceback.format_exception(*error))), file=sys.stderr)    # into log.txt
     try: ended = _work(told, asked)
