@@ -1,6 +1,7 @@
 # make report   everything from set-up to the published report of params/quickstart.yaml
 # make test     every test that needs nothing but Python
-# make bench    how fast it is beside what you would run instead, into README.md (ROWS="--again train merge": these)
+# make bench    how fast it is beside what you would run instead, into README.md, then the tests on a model of 135M parameters
+#               (ROWS="--again train merge": these rows alone)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PARAMS ?= params/quickstart.yaml
 BIN := .venv/bin
@@ -35,3 +36,4 @@ lab: .venv
 
 bench: .venv
 	@$(BIN)/python tests/benchmarks/run.py $(ROWS)
+	@$(if $(ROWS),,$(BIN)/python -m pytest -q -m real --run-real)

@@ -17,6 +17,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)    # what runs in the b
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny"
 TINY_YAML = "params/tiny.yaml"
+PLANTED = {"AWS_ACCESS_KEY_ID": "AKIAPLANTEDPLANTED00", "AWS_SECRET_ACCESS_KEY": "planted/aws+secret", "HF_TOKEN": "hf_plantedplantedplanted1",
+           "WRITERS_KEY": 'planted"writer\\key', "DATABASE_PASSWORD": "planted-ü-password"}
+PLACES = {"AWS_ENDPOINT_URL": "http://jo:planted-login@127.0.0.1:9", "HF_ENDPOINT": "http://jo:planted-hub@127.0.0.1:9",
+          "PIP_INDEX_URL": "http://jo:planted-pip@127.0.0.1:9/simple", "PIP_FIND_LINKS": ""}
+HIDDEN = [v for k, v in PLANTED.items() if k != "AWS_ACCESS_KEY_ID"] + ["planted-login", "planted-hub", "planted-pip"]
+CSVS = {
+    "1_ingest/funnel.csv": "corpus,step,documents,characters",
+    "3_train/mixture.csv": "corpus,asked,documents,tokens,share",
+    "4_merge/sweep.csv": "name,method,parameters,domain_bits_per_byte,general_bits_per_byte,retention,recovery,on_front",
+    "5_evaluate/perplexity.csv": "variant,tokens_seen,corpus,kind,half,documents,blocks,tokens,bytes,token_perplexity,word_perplexity,"
+                                 "byte_perplexity,bits_per_byte,ci_low,ci_high,dtype",
+    "5_evaluate/benchmarks.csv": "variant,suite,task,metric,value,stderr,ci_low,ci_high,n,fewshot,chat_template,dtype,seed,cut",
+    "5_evaluate/chat.csv": "variant,kind,measure,value,ci_low,ci_high,n",
+    "5_evaluate/contamination.csv": "variant,task,metric,items,short,hit,share,value,value_without",
+    "5_evaluate/comparisons.csv": "variant,against,measure,difference,ci_low,ci_high,p,q,smallest_detectable,verdict",
+}
 
 
 def _make():
@@ -65,10 +81,11 @@ def stages(text: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, cli) -> Path:
-    "Outputs folder of a finished tiny run. Tests that change it work on a copy."
+    "Outputs folder of a finished tiny run, made with secrets in the environment. Tests that change it work on a copy."
     outputs = tmp_path_factory.mktemp("outputs")
-    done = cli("run", TINY_YAML, env={"DOMAIN_ADAPT_OUTPUTS": str(outputs)})
+    done = cli("run", TINY_YAML, env={"DOMAIN_ADAPT_OUTPUTS": str(outputs), **PLANTED, **PLACES})
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not [s for s in HIDDEN if s in done.stdout + done.stderr]
     assert set(stages(done.stdout).values()) == {"done"} and f"report: {outputs}/tiny/6_report/index.html" in done.stdout
     return outputs
 
@@ -82,6 +99,7 @@ def slurm_here(tmp_path_factory):
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run tests that take over a minute")
+    parser.addoption("--run-real", action="store_true", help="also run tests that train or ask a model of 135M parameters, or measure")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -89,5 +107,5 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path not in long)    # the longest files first: else one process ends with them and the other waits
     for item in items:
         if {"server", "browser"} & {*item.keywords}: item.add_marker(pytest.mark.flaky(reruns=1))    # Chromium, Slurm and Ceph may be slow to come up
-        if "slow" in item.keywords and not config.getoption("--run-slow"):
-            item.add_marker(pytest.mark.skip(reason="over a minute; --run-slow runs it"))
+        for mark in ("slow", "real"):
+            if mark in item.keywords and not config.getoption(f"--run-{mark}"): item.add_marker(pytest.mark.skip(reason=f"takes minutes; --run-{mark} runs it"))

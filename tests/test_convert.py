@@ -348,7 +348,7 @@ print(peak[0] - before, time.perf_counter() - started)
 '''
 
 
-@pytest.mark.parametrize("size", ["quick", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", ["quick", pytest.param("whole", marks=pytest.mark.real)])
 def test_memory_is_that_of_the_largest_tensor(size):
     "A checkpoint of bf16 weights and fp32 masters, each tensor in one chunk, from and to its HF folder; the promise is 4 times and 1 GB."
     dtype, sizes = SIZE[size]

@@ -165,7 +165,7 @@ def test_where_a_tokenizer_begins_with_bos_it_is_read_and_not_foretold(make_smal
     assert ours == pytest.approx(bits[False], rel=1e-5) and ours != pytest.approx(bits[None], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_smollm2_answers_as_the_command_says(tmp_path):
     (tmp_path / "tatqa_dataset_dev.json").write_text(json.dumps(FIGURES))
     asked = Suite(limit=15, data=["package:benchmarks", str(tmp_path)], fewshot=0)

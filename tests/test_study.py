@@ -604,9 +604,9 @@ def tree_of(child: subprocess.Popen) -> list[psutil.Process]: return [psutil.Pro
 
 @pytest.mark.fault
 @pytest.mark.slow
-def test_a_killed_study_goes_on_where_it_stopped(tmp_path, cli):
-    "Stopped in three ways at three stages, then left alone."
-    file, outputs = written(tmp_path, kind="merge_methods", arms=METHODS), tmp_path / "outputs"
+def test_a_killed_study_goes_on_where_it_stopped_and_arms_at_once_wait_for_what_they_share(tmp_path):
+    "Stopped in three ways at three stages; then done by two studies at once, so that nothing but the stages' own locks keeps their arms apart."
+    file, outputs, files = written(tmp_path, kind="merge_methods", arms=METHODS), tmp_path / "outputs", []
     for how, code, stage in (signal.SIGINT, 130, "ingest"), (signal.SIGTERM, 130, "tokens"), (signal.SIGKILL, -9, "train"):
         child = started(file, outputs, stage)
         below = tree_of(child)
@@ -615,24 +615,15 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path, cli):
         assert child.returncode == code and "Traceback" not in said, said
         assert not psutil.wait_procs(below, timeout=30)[1], "a process outlived the study"
     kept = {p: p.stat().st_mtime_ns for s in ("ingest", "tokens") for f in folders(outputs, s) for p in f.rglob("*")}
-    after = cli("study", file, env=at(outputs), timeout=1800)
-    assert after.returncode == 0 and (outputs / "small/index.html").is_file(), after.stdout + after.stderr
-    assert kept == {p: p.stat().st_mtime_ns for s in ("ingest", "tokens") for f in folders(outputs, s) for p in f.rglob("*")}
-    assert {s: len(folders(outputs, s)) for s in ("train", "merge")} == {"train": 1, "merge": 2}
-
-
-@pytest.mark.slow
-def test_arms_at_once_wait_for_the_stage_they_share(tmp_path, cli):
-    "Each arm as a study of its own, so that nothing but the stages' own locks keeps them apart."
-    outputs, files = tmp_path / "outputs", []
-    for name in ("one", "two"):
+    for name in ("small", "twin"):
         (tmp_path / name).mkdir()
         files.append(written(tmp_path / name, study=name, kind="merge_methods", arms=METHODS, parallel=2))
     both = [subprocess.Popen([sys.executable, "-m", "domain_adapt.cli", "study", str(f)], cwd=ROOT, env=os.environ | at(outputs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for f in files]
-    for child, name in zip(both, ("one", "two")):
+    for child, name in zip(both, ("small", "twin")):
         said = child.communicate(timeout=1800)[0]
-        assert child.returncode == 0, said
+        assert child.returncode == 0 and (outputs / name / "index.html").is_file(), said
         assert pd.read_csv(outputs / name / "tables/arms.csv")["ended"].tolist() == ["done", "done"]
+    assert kept == {p: p.stat().st_mtime_ns for s in ("ingest", "tokens") for f in folders(outputs, s) for p in f.rglob("*")}
     assert {s: len(folders(outputs, s)) for s in ("ingest", "tokens", "train", "merge")} == {"ingest": 1, "tokens": 1, "train": 1, "merge": 2}
     assert not list(outputs.glob("*/notebooks/*.failed.ipynb")) and len(list(outputs.glob("*/notebooks/4_merge.ipynb"))) == 2, "each merge was made once"
 
