@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 def seconds(work: Callable[[], object]) -> float:
     "Processor seconds of `work`; the collector, whose time grows with all that the process holds, is off meanwhile."
-    gc.collect()
     gc.disable()
     try:
         start = time.process_time()
